@@ -1,0 +1,23 @@
+"""Adaptive Sharpness-Aware Minimization as an Optax transformation."""
+
+from optax_asam import ascent
+from optax_asam import normalization
+from optax_asam.alias import asam
+from optax_asam.alias import sam
+from optax_asam.autodiff import grad
+from optax_asam.autodiff import value_and_grad
+from optax_asam.transform import SharpnessAwareState
+from optax_asam.transform import sharpness_aware
+
+__version__ = '0.1.0'
+
+__all__ = (
+  'SharpnessAwareState',
+  'asam',
+  'ascent',
+  'grad',
+  'normalization',
+  'sam',
+  'sharpness_aware',
+  'value_and_grad',
+)

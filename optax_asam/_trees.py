@@ -1,0 +1,203 @@
+"""What the library asks of a tree: its leaves, its shape, its masks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_asam import _checks
+
+PyTree = Any
+Mask = PyTree | Callable[[optax.Params], PyTree]
+
+
+def accumulator_dtype(*leaves: Any) -> Any:
+  """float64 if one of ``leaves`` is, float32 otherwise.
+
+  Sums of squares in a 16-bit dtype overflow (a float16 leaf of 200s) or stop
+  growing, and float32 beside bfloat16 must stay float32.
+  """
+  wide = any(jnp.result_type(leaf) == jnp.float64 for leaf in leaves)
+  return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def path_name(path: Any) -> str:
+  """A key path as a person reads it."""
+  return f'params{jax.tree_util.keystr(path)}'
+
+
+def check_params(params: optax.Params) -> None:
+  """Raises unless every leaf of ``params`` is a floating array."""
+
+  def is_masked(node):
+    return isinstance(node, optax.MaskedNode)
+
+  for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_masked):
+    name = path_name(path)
+    if is_masked(leaf):
+      raise ValueError(
+        f'{name} is an optax.MaskedNode: optax.masked or optax.partition'
+        f' stands around this transformation and hides parameters that the'
+        f' gradient function needs. Put it inside:'
+        f' asam(optax.partition(...), mask=trainable) or'
+        f' asam(optax.masked(...)).'
+      )
+    try:
+      dtype = jnp.result_type(leaf)
+    except TypeError as error:
+      raise TypeError(
+        f'{name} must be a floating array, but got {leaf!r}. Pass the arrays'
+        f' alone, as equinox.filter(model, equinox.is_inexact_array) or'
+        f' nnx.split(model, nnx.Param, ...) give them.'
+      ) from error
+    if not jnp.issubdtype(dtype, jnp.floating):
+      raise TypeError(
+        f'{name} must be a floating array, but got dtype {dtype}. Split the'
+        f' parameters that are trained by gradients from the others, and a'
+        f' complex one into real and imaginary part'
+        f' (optax.contrib.split_real_and_imaginary).'
+      )
+
+
+def check_like(
+  name: str,
+  tree: PyTree,
+  params: optax.Params,
+  *,
+  dtypes: bool = False,
+  write: str,
+) -> None:
+  """Raises unless ``tree`` has the structure and shapes of ``params``.
+
+  Args:
+    name: what ``tree`` is, for the message.
+    tree: the tree in question.
+    params: the tree that it should be like.
+    dtypes: whether the dtypes are compared, too.
+    write: what to write instead, for the message.
+  """
+  if jax.tree.structure(tree) != jax.tree.structure(params):
+    raise ValueError(
+      f'{name} must have the structure of params, but'
+      f' {_first_difference(tree, params)}. {write}'
+    )
+  pairs = zip(
+    jax.tree.leaves_with_path(params), jax.tree.leaves(tree), strict=True
+  )
+  for (path, want), got in pairs:
+    if jnp.shape(got) != jnp.shape(want):
+      raise ValueError(
+        f'{name} must have the shapes of params, but at {path_name(path)} got'
+        f' {jnp.shape(got)} instead of {jnp.shape(want)}. {write}'
+      )
+    got_dtype, want_dtype = jnp.result_type(got), jnp.result_type(want)
+    if dtypes and got_dtype != want_dtype:
+      raise TypeError(
+        f'{name} must have the dtypes of the params it is given, but at'
+        f' {path_name(path)} got {got_dtype} instead of {want_dtype}. {write}'
+      )
+
+
+def _first_difference(tree: PyTree, params: optax.Params) -> str:
+  """The first place at which the structures differ, in words."""
+  got = {path_name(path) for path, _ in jax.tree.leaves_with_path(tree)}
+  want = {path_name(path) for path, _ in jax.tree.leaves_with_path(params)}
+  for path, _ in jax.tree.leaves_with_path(params):
+    if path_name(path) not in got:
+      what = f'{path_name(path)} is missing'
+      break
+  else:
+    extra = [
+      path_name(path)
+      for path, _ in jax.tree.leaves_with_path(tree)
+      if path_name(path) not in want
+    ]
+    what = f'{extra[0]} is unexpected' if extra else 'the containers differ'
+  kind = type(tree).__name__
+  if isinstance(tree, tuple):
+    kind = f'tuple of length {len(tree)}'
+  return f'{what} (got a {kind}, for params a {type(params).__name__})'
+
+
+def check_operator(t: PyTree, params: optax.Params) -> None:
+  """Raises unless ``t`` is a :math:`T_w` for ``params``."""
+  write = 'Return one array or 1 for each parameter, as elementwise() does.'
+  if jax.tree.structure(t) != jax.tree.structure(params):
+    raise ValueError(
+      f'normalization must return a tree like params, but'
+      f' {_first_difference(t, params)}. {write}'
+    )
+  for (path, w), leaf in zip(
+    jax.tree.leaves_with_path(params), jax.tree.leaves(t), strict=True
+  ):
+    try:
+      chex.assert_is_broadcastable(jnp.shape(leaf), jnp.shape(w))
+    except AssertionError as error:
+      raise ValueError(
+        f'normalization must return arrays that broadcast to their parameter,'
+        f' but at {path_name(path)} returned shape {jnp.shape(leaf)} for'
+        f' {jnp.shape(w)}. {write}'
+      ) from error
+
+
+def resolve_mask(mask: Mask | None, params: optax.Params) -> PyTree:
+  """A tree like ``params`` of bools, from a mask as Optax takes them.
+
+  Args:
+    mask: a pytree of bools with the structure of ``params`` or a prefix of it,
+      a function from params to one, or None for True everywhere.
+    params: the parameters.
+
+  Returns:
+    A pytree of Python bools with the structure of ``params``.
+
+  Raises:
+    TypeError: a leaf of the mask is no bool.
+    ValueError: the mask does not fit ``params``.
+  """
+  if mask is None:
+    return jax.tree.map(lambda _: True, params)
+  prefix = mask(params) if is_function(mask) else mask
+  for path, leaf in jax.tree.leaves_with_path(prefix):
+    _checks.check_static('mask', leaf)
+    if not isinstance(leaf, (bool, np.bool_)):
+      raise TypeError(
+        f'mask must be a pytree of Python bools, but at'
+        f' mask{jax.tree_util.keystr(path)} got {leaf!r}. Write for example'
+        f' mask=jax.tree.map(lambda x: x.ndim > 1, params).'
+      )
+  try:
+    return jax.tree.map(
+      lambda selected, subtree: jax.tree.map(lambda _: bool(selected), subtree),
+      prefix,
+      params,
+    )
+  except ValueError as error:
+    raise ValueError(
+      f'mask must have the structure of params or a prefix of it, but got'
+      f' {jax.tree.structure(prefix)} for {jax.tree.structure(params)}. Write'
+      f' for example mask=jax.tree.map(lambda x: x.ndim > 1, params).'
+    ) from error
+
+
+def check_selects_something(mask: PyTree) -> None:
+  """Raises if ``mask``, a tree of bools, is false everywhere."""
+  leaves = jax.tree.leaves(mask)
+  if leaves and all(leaf is False or leaf is np.False_ for leaf in leaves):
+    raise ValueError(
+      f'mask selects nothing: got {mask!r}, false everywhere. Write mask=None'
+      f' to select all, or leave the transformation out.'
+    )
+
+
+def is_function(mask: Mask) -> bool:
+  """Whether ``mask`` is a function from params to a mask.
+
+  The leaves decide, as in Optax: an Equinox module of bools is callable, too.
+  """
+  leaves = jax.tree.leaves(mask)
+  return bool(leaves) and all(callable(leaf) for leaf in leaves)

@@ -1,0 +1,190 @@
+r"""The usual names: sharpness-aware versions of any Optax optimizer."""
+
+from collections.abc import Hashable
+from typing import Any
+
+import chex
+import optax
+
+from optax_asam import _checks
+from optax_asam import _trees
+from optax_asam import ascent as _ascent
+from optax_asam import normalization as _normalization
+from optax_asam import transform
+
+
+@_checks.requires_base_tx
+def asam(
+  base_tx: optax.GradientTransformation,
+  rho: chex.Numeric | optax.Schedule = 0.5,
+  eta: chex.Numeric = 0.01,
+  adaptive: bool | _normalization.Normalization = True,
+  *,
+  ord: float = 2,
+  mask: _trees.Mask | None = None,
+  ascent_steps: int = 1,
+  every_k: int = 1,
+  descent: transform.Descent | None = None,
+  axis_name: Hashable | None = None,
+  perturbed_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Adaptive Sharpness-Aware Minimization around any Optax optimizer.
+
+  .. math::
+    \epsilon = \rho \, \frac{T_w^2 g}{\|T_w g\|_2}, \quad
+    T_w = \operatorname{diag}(|w| + \eta), \quad
+    u = \mathrm{base\_tx}\big(\nabla L(w + \epsilon)\big)
+
+  It is ``optax.chain(sharpness_aware(...), base_tx)``: the gradient at the
+  perturbed parameters is handed to ``base_tx`` at the unperturbed ones.
+  Clipping and weight decay belong inside ``base_tx``.
+
+  Args:
+    base_tx: The optimizer, such as ``optax.sgd(0.1, momentum=0.9)``.
+    rho: The radius :math:`\rho \ge 0` of the perturbation: a number, a traced
+      scalar, or an Optax schedule of the count of updates. The default is for
+      ``ord=2``; with ``ord=inf`` it would move every weight by half.
+    eta: The constant :math:`\eta \ge 0` of element-wise normalization, used
+      where ``adaptive`` is True.
+    adaptive: True for element-wise normalization of all but biases, False for
+      none (SAM), or a normalization such as ``normalization.filterwise(0.01)``.
+    ord: The exponent p of the ball, in (1, inf].
+    mask: Which leaves are perturbed: a pytree of bools with the structure of
+      ``params`` or a prefix of it, a function from ``params`` to one, or None
+      for all. The norm is taken over those leaves alone.
+    ascent_steps: Number of ascent steps, each of which costs a gradient.
+    every_k: The perturbation is made on updates 0, k, 2k, ...; in between this
+      is ``base_tx``.
+    descent: A function from the clean and the perturbed gradient to the one
+      that is descended; by default the perturbed one.
+    axis_name: Name of the mapped axis over which gradients are averaged, as in
+      :func:`sharpness_aware`.
+    perturbed_dtype: The dtype in which w + eps is formed, as in
+      :func:`sharpness_aware`; by default each parameter's own.
+
+  Returns:
+    An :class:`optax.GradientTransformationExtraArgs`. Its ``update(grads,
+    state, params, ...)`` takes ``grad_fn(params) -> grads`` or
+    ``value_fn(params) -> scalar`` by keyword and returns updates in the dtypes
+    of ``grads``. Its state is a tuple of :class:`SharpnessAwareState` and the
+    state of ``base_tx``.
+
+  Raises:
+    TypeError: An argument, or what a function returned, is of the wrong type.
+    ValueError: An argument is out of its range, or ``update`` was not given
+      what it needs.
+
+  Examples:
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import numpy as np
+    >>> import optax
+    >>> from optax_asam import asam
+    >>> loss_fn = lambda params: jnp.sum(params**2)
+    >>> tx = asam(optax.sgd(0.1), rho=0.5)
+    >>> params = jnp.array([1.0, 2.0])
+    >>> state = tx.init(params)
+    >>> for _ in range(5):
+    ...   grad_fn = jax.grad(loss_fn)
+    ...   updates, state = tx.update(
+    ...     grad_fn(params), state, params, grad_fn=grad_fn
+    ...   )
+    ...   params = optax.apply_updates(params, updates)
+    >>> print(np.asarray(params).round(3))
+    [0.262 0.349]
+
+  References:
+    Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021, algorithm 1.
+
+  .. note::
+    A line search or L-BFGS as ``base_tx`` needs ``value_fn``: it rejects
+    ``grad_fn``. It then tests the clean loss along the direction of the
+    perturbed gradient.
+  """
+  _checks.check_transformation('base_tx', base_tx, 'asam(optax.sgd(0.1))')
+  return optax.chain(
+    transform.sharpness_aware(
+      _ascent.rho_ball(rho, eta, adaptive, ord=ord, mask=mask),
+      descent,
+      ascent_steps=ascent_steps,
+      every_k=every_k,
+      axis_name=axis_name,
+      perturbed_dtype=perturbed_dtype,
+    ),
+    base_tx,
+  )
+
+
+@_checks.requires_base_tx
+def sam(
+  base_tx: optax.GradientTransformation,
+  rho: chex.Numeric | optax.Schedule = 0.05,
+  *,
+  ord: float = 2,
+  mask: _trees.Mask | None = None,
+  ascent_steps: int = 1,
+  every_k: int = 1,
+  descent: transform.Descent | None = None,
+  axis_name: Hashable | None = None,
+  perturbed_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Sharpness-Aware Minimization around any Optax optimizer.
+
+  .. math::
+    \epsilon = \rho \, \frac{g}{\|g\|_2}, \quad
+    u = \mathrm{base\_tx}\big(\nabla L(w + \epsilon)\big)
+
+  It is :func:`asam` with ``adaptive=False``.
+
+  Args:
+    base_tx: The optimizer, such as ``optax.sgd(0.1, momentum=0.9)``.
+    rho: The radius :math:`\rho \ge 0` of the perturbation: a number, a traced
+      scalar, or an Optax schedule of the count of updates.
+    ord: As in :func:`asam`, and so are the arguments that follow.
+    mask: Which leaves are perturbed.
+    ascent_steps: Number of ascent steps.
+    every_k: The perturbation is made on updates 0, k, 2k, ...
+    descent: A function from the clean and the perturbed gradient to the one
+      that is descended.
+    axis_name: Name of the mapped axis over which gradients are averaged.
+    perturbed_dtype: The dtype in which w + eps is formed.
+
+  Returns:
+    An :class:`optax.GradientTransformationExtraArgs`, as :func:`asam` does.
+
+  Raises:
+    TypeError: An argument, or what a function returned, is of the wrong type.
+    ValueError: An argument is out of its range, or ``update`` was not given
+      what it needs.
+
+  Examples:
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import numpy as np
+    >>> import optax
+    >>> from optax_asam import sam
+    >>> grad_fn = jax.grad(lambda params: jnp.sum(params**2))
+    >>> tx = sam(optax.sgd(0.1), rho=0.05)
+    >>> params = jnp.array([3.0, 4.0])
+    >>> updates, state = tx.update(
+    ...   grad_fn(params), tx.init(params), params, grad_fn=grad_fn
+    ... )
+    >>> print(np.asarray(updates).round(3))
+    [-0.606 -0.808]
+
+  References:
+    Foret et al., `Sharpness-Aware Minimization
+    <https://arxiv.org/abs/2010.01412>`_, 2021, algorithm 1.
+  """
+  return asam(
+    base_tx,
+    rho,
+    adaptive=False,
+    ord=ord,
+    mask=mask,
+    ascent_steps=ascent_steps,
+    every_k=every_k,
+    descent=descent,
+    axis_name=axis_name,
+    perturbed_dtype=perturbed_dtype,
+  )

@@ -1,0 +1,209 @@
+r"""Drop-in replacements for ``jax.value_and_grad`` and ``jax.grad``."""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import functools
+from typing import Any
+
+import chex
+import jax
+
+from optax_asam import _checks
+from optax_asam import _trees
+from optax_asam import ascent as _ascent
+from optax_asam import normalization as _normalization
+from optax_asam import transform
+
+
+def value_and_grad(
+  fun: Callable[..., Any],
+  argnums: int | Sequence[int] = 0,
+  has_aux: bool = False,
+  *,
+  rho: chex.Numeric = 0.5,
+  eta: chex.Numeric = 0.01,
+  adaptive: bool | _normalization.Normalization = True,
+  ord: float = 2,
+  mask: _trees.Mask | None = None,
+  ascent_steps: int = 1,
+  descent: transform.Descent | None = None,
+  perturbed_dtype: Any = None,
+) -> Callable[..., Any]:
+  r"""The value of ``fun`` and its sharpness-aware gradient.
+
+  .. math::
+    (L(w), \nabla L(w + \epsilon)), \quad
+    \epsilon = \rho \, \frac{T_w^2 \nabla L(w)}{\|T_w \nabla L(w)\|_2}
+
+  A drop-in for :func:`jax.value_and_grad` under any optimizer and trainer. The
+  value and the auxiliary data are those of the unperturbed pass, so BatchNorm
+  statistics among them are updated once, from the unperturbed model. Both
+  passes get the same other arguments, and so the same dropout key.
+
+  Args:
+    fun: A function that returns a scalar, or with ``has_aux`` a pair of a
+      scalar and auxiliary data.
+    argnums: Which positional arguments are differentiated and perturbed; with
+      several, the norm is taken over all of them.
+    has_aux: Whether ``fun`` returns auxiliary data.
+    rho: The radius :math:`\rho \ge 0`, a number or a traced scalar. There is no
+      count of updates here for a schedule: evaluate it in the train step.
+    eta: The constant :math:`\eta \ge 0` of element-wise normalization.
+    adaptive: True for element-wise normalization of all but biases, False for
+      none (SAM), or a normalization such as ``normalization.filterwise(0.01)``.
+    ord: The exponent p of the ball, in (1, inf].
+    mask: Which leaves are perturbed, as in :func:`asam`. With several
+      ``argnums`` it is a mask for the tuple of those arguments.
+    ascent_steps: Number of ascent steps, each of which costs a gradient.
+    descent: A function from the clean and the perturbed gradient to the one
+      that is returned; by default the perturbed one.
+    perturbed_dtype: The dtype in which w + eps is formed, as in
+      :func:`sharpness_aware`; by default each parameter's own.
+
+  Returns:
+    A function of the arguments of ``fun`` that returns ``(value, grads)``, or
+    ``((value, aux), grads)`` with ``has_aux``. The gradient has the shapes and
+    dtypes of the arguments.
+
+  Raises:
+    TypeError: An argument is of the wrong type, or ``rho`` is a schedule.
+    ValueError: An argument is out of its range.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import numpy as np
+    >>> import optax_asam
+    >>> loss_fn = lambda params: jnp.sum(params**2)
+    >>> params = jnp.array([3.0, 4.0])
+    >>> value, grads = optax_asam.value_and_grad(loss_fn, rho=0.5)(params)
+    >>> print(value, np.asarray(grads).round(3))
+    25.0 [ 7.477 11.494]
+
+  References:
+    Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021, algorithm 1.
+  """
+  _checks.check_function('fun', fun, 'value_and_grad(loss_fn, rho=0.5)')
+  if callable(rho):
+    raise TypeError(
+      f'rho must be a number or a traced scalar here, but got the function'
+      f' {rho!r}: there is no count of updates for a schedule. Evaluate it in'
+      f' the train step, rho=schedule(step), or write asam(base_tx,'
+      f' rho=schedule).'
+    )
+  tx = transform.sharpness_aware(
+    _ascent.rho_ball(rho, eta, adaptive, ord=ord, mask=mask),
+    descent,
+    ascent_steps=ascent_steps,
+    perturbed_dtype=perturbed_dtype,
+  )
+
+  @functools.wraps(fun)
+  def value_and_grad_fn(*args, **kwargs):
+    def grad_fn(params):
+      perturbed_args = _replace(args, argnums, params)
+      grads = jax.grad(fun, argnums, has_aux)(*perturbed_args, **kwargs)
+      return grads[0] if has_aux else grads
+
+    params = _select(args, argnums)
+    state = tx.init(params)
+    out, grads = jax.value_and_grad(fun, argnums, has_aux)(*args, **kwargs)
+    grads, _ = tx.update(grads, state, params, grad_fn=grad_fn)
+    return out, grads
+
+  return value_and_grad_fn
+
+
+def grad(
+  fun: Callable[..., Any],
+  argnums: int | Sequence[int] = 0,
+  has_aux: bool = False,
+  *,
+  rho: chex.Numeric = 0.5,
+  eta: chex.Numeric = 0.01,
+  adaptive: bool | _normalization.Normalization = True,
+  ord: float = 2,
+  mask: _trees.Mask | None = None,
+  ascent_steps: int = 1,
+  descent: transform.Descent | None = None,
+  perturbed_dtype: Any = None,
+) -> Callable[..., Any]:
+  r"""The sharpness-aware gradient of ``fun``, a drop-in for :func:`jax.grad`.
+
+  .. math::
+    \nabla L(w + \epsilon), \quad
+    \epsilon = \rho \, \frac{T_w^2 \nabla L(w)}{\|T_w \nabla L(w)\|_2}
+
+  Args:
+    fun: A function that returns a scalar, or with ``has_aux`` a pair of a
+      scalar and auxiliary data.
+    argnums: As in :func:`value_and_grad`, and so are the arguments that follow.
+    has_aux: Whether ``fun`` returns auxiliary data.
+    rho: The radius, a number or a traced scalar.
+    eta: The constant of element-wise normalization.
+    adaptive: True, False or a normalization.
+    ord: The exponent p of the ball, in (1, inf].
+    mask: Which leaves are perturbed.
+    ascent_steps: Number of ascent steps.
+    descent: A function from the clean and the perturbed gradient to the one
+      that is returned.
+    perturbed_dtype: The dtype in which w + eps is formed.
+
+  Returns:
+    A function of the arguments of ``fun`` that returns the gradient, or
+    ``(grads, aux)`` with ``has_aux``.
+
+  Raises:
+    TypeError: An argument is of the wrong type, or ``rho`` is a schedule.
+    ValueError: An argument is out of its range.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import numpy as np
+    >>> import optax_asam
+    >>> grad_fn = optax_asam.grad(lambda params: jnp.sum(params**2), rho=0.5)
+    >>> print(np.asarray(grad_fn(jnp.array([3.0, 4.0]))).round(3))
+    [ 7.477 11.494]
+
+  References:
+    Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021, algorithm 1.
+  """
+  value_and_grad_fn = value_and_grad(
+    fun,
+    argnums,
+    has_aux,
+    rho=rho,
+    eta=eta,
+    adaptive=adaptive,
+    ord=ord,
+    mask=mask,
+    ascent_steps=ascent_steps,
+    descent=descent,
+    perturbed_dtype=perturbed_dtype,
+  )
+
+  @functools.wraps(fun)
+  def grad_fn(*args, **kwargs):
+    out, grads = value_and_grad_fn(*args, **kwargs)
+    return (grads, out[1]) if has_aux else grads
+
+  return grad_fn
+
+
+def _select(args: tuple[Any, ...], argnums: int | Sequence[int]) -> Any:
+  """The arguments that are differentiated, as :func:`jax.grad` returns them."""
+  if isinstance(argnums, int):
+    return args[argnums]
+  return tuple(args[i] for i in argnums)
+
+
+def _replace(
+  args: tuple[Any, ...], argnums: int | Sequence[int], params: Any
+) -> list[Any]:
+  """``args`` with ``params`` in place of what :func:`_select` returns."""
+  replaced = list(args)
+  if isinstance(argnums, int):
+    replaced[argnums] = params
+  else:
+    for i, argument in zip(argnums, params, strict=True):
+      replaced[i] = argument
+  return replaced

@@ -1,0 +1,255 @@
+r"""Normalization operators: functions from ``params`` to :math:`T_w`.
+
+:math:`T_w` is a positive diagonal operator, represented as a pytree with the
+structure of ``params``. A leaf is an array that broadcasts to its parameter,
+in at least float32, or the Python number 1, for which nothing is multiplied.
+"""
+
+from collections.abc import Callable
+import re
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_asam import _checks
+from optax_asam import _trees
+
+Normalization = Callable[[optax.Params], Any]
+
+# An NNX variable holds its array in an attribute of one of these names.
+_WRAPPERS = ('value', 'raw_value')
+# Dense and convolution layers (Flax, Haiku, Equinox), gates (`bias_ih`), and
+# the shift of a normalization layer (`beta`, `offset`).
+_BIAS = re.compile(r'bias|bias_.*|b|beta|offset')
+
+
+def not_bias(params: optax.Params) -> Any:
+  """Masks out the biases, which the paper leaves unnormalized.
+
+  A leaf is a bias if the last name on its path is ``bias``, ``bias_*``, ``b``,
+  ``beta`` or ``offset``, as in the trees of Flax (linen and NNX), Haiku and
+  Equinox. A name with separators counts from its last ``.`` or ``/`` on, as in
+  ``{'layers.0.bias': ...}``. Positions in a list are no names, and neither are
+  ``value`` and ``raw_value``, in which an NNX variable holds its array.
+
+  Args:
+    params: A pytree of parameters.
+
+  Returns:
+    A pytree like ``params``: False at biases, True elsewhere. In a tree
+    without names everything is True.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from optax_asam import normalization
+    >>> params = {'kernel': jnp.ones((2, 3)), 'bias': jnp.ones(3)}
+    >>> normalization.not_bias(params)
+    {'bias': False, 'kernel': True}
+
+  References:
+    Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021, section 4.
+  """
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: _BIAS.fullmatch(_last_name(path)) is None, params
+  )
+
+
+def _last_name(path: Any) -> str:
+  """The last name on a key path that is not a wrapper, or ''."""
+  for entry in reversed(path):
+    name = getattr(entry, 'name', getattr(entry, 'key', None))
+    if isinstance(name, str) and name not in _WRAPPERS:
+      return re.split('[./]', name)[-1]
+  return ''
+
+
+def identity() -> Normalization:
+  r"""No normalization: :math:`T_w = I`, the operator of SAM.
+
+  Returns:
+    A function from ``params`` to a pytree like it, of Python ones.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from optax_asam import normalization
+    >>> normalization.identity()({'kernel': jnp.ones((2, 3))})
+    {'kernel': 1}
+
+  References:
+    Foret et al., `Sharpness-Aware Minimization
+    <https://arxiv.org/abs/2010.01412>`_, 2021.
+  """
+  return lambda params: jax.tree.map(lambda _: 1, params)
+
+
+def elementwise(
+  eta: chex.Numeric = 0.01, mask: _trees.Mask | None = not_bias
+) -> Normalization:
+  r"""Element-wise normalization, the operator of ASAM.
+
+  .. math::
+    T_w = \operatorname{diag}(|w_1| + \eta, \ldots, |w_k| + \eta)
+
+  Args:
+    eta: The constant :math:`\eta \ge 0`, a number or a traced scalar. It lets
+      weights move that are zero.
+    mask: Which leaves are normalized; the others have :math:`T_w = 1`. A pytree
+      of bools with the structure of ``params`` or a prefix of it, a function
+      from ``params`` to one, or None for all. By default all but biases.
+
+  Returns:
+    A function from ``params`` to :math:`T_w`: a pytree like ``params`` whose
+    leaves have the shape of their parameter and at least float32, or are 1.
+
+  Raises:
+    TypeError: ``eta`` is no real number, or the mask has leaves that are no
+      bools.
+    ValueError: ``eta`` is negative or not finite, or the mask does not fit.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from optax_asam import normalization
+    >>> params = {'kernel': jnp.array([-3.0, 0.0]), 'bias': jnp.array([2.0])}
+    >>> t = normalization.elementwise(eta=0.5)(params)
+    >>> print(t['kernel'], t['bias'])
+    [3.5 0.5] 1
+
+  References:
+    Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021, section 4.
+  """
+  return _masked(jnp.abs, eta, mask)
+
+
+def filterwise(
+  eta: chex.Numeric = 0.01,
+  axis: int = -1,
+  mask: _trees.Mask | None = not_bias,
+) -> Normalization:
+  r"""Filter-wise normalization of convolution kernels.
+
+  .. math::
+    T_w = \operatorname{diag}(\|f_i\|_2 + \eta) \quad
+    \text{on the entries of the filter } f_i
+
+  A filter is what belongs to one output channel of a leaf of three or more
+  dimensions. Every other leaf is normalized element-wise, as in the paper.
+
+  Args:
+    eta: The constant :math:`\eta \ge 0`, a number or a traced scalar.
+    axis: The axis of output channels: -1 in Flax and Haiku, 0 in Equinox.
+    mask: Which leaves are normalized, as in :func:`elementwise`.
+
+  Returns:
+    A function from ``params`` to :math:`T_w`: a pytree like ``params`` whose
+    leaves are at least float32 and broadcast to their parameter, or are 1. The
+    leaf of a kernel has size 1 along every axis but ``axis``.
+
+  Raises:
+    TypeError: ``eta`` is no real number, ``axis`` no int, or the mask has
+      leaves that are no bools.
+    ValueError: ``eta`` is negative or not finite, the mask does not fit, or a
+      kernel has no such axis.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from optax_asam import normalization
+    >>> kernel = jnp.array([[[3.0, 0.0], [4.0, 0.0]]])  # two filters
+    >>> print(normalization.filterwise(eta=0.5)({'kernel': kernel})['kernel'])
+    [[[5.5 0.5]]]
+
+  References:
+    Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021, section 3.
+
+  .. note::
+    Dimensions are all that tells a convolution kernel: an attention kernel of
+    three dimensions, or dense layers stacked by ``scan``, count as one. Mask
+    them out, or normalize element-wise.
+  """
+  _checks.check_static('axis', axis)
+  if isinstance(axis, bool) or not isinstance(axis, int):
+    raise TypeError(
+      f'axis must be an int, the axis of output channels, but got {axis!r}.'
+      f' Write for example axis=-1 (Flax, Haiku) or axis=0 (Equinox).'
+    )
+
+  def operator(w):
+    if w.ndim < 3:
+      return jnp.abs(w)
+    if not -w.ndim <= axis < w.ndim:
+      raise ValueError(
+        f'axis must number an axis of every kernel, but got axis={axis} for one'
+        f' of shape {w.shape}. Write for example axis=-1 (Flax, Haiku) or'
+        f' axis=0 (Equinox).'
+      )
+    return _l2_norm(w, tuple(i for i in range(w.ndim) if i != axis % w.ndim))
+
+  return _masked(operator, eta, mask)
+
+
+def layerwise(
+  eta: chex.Numeric = 0.01, mask: _trees.Mask | None = not_bias
+) -> Normalization:
+  r"""Layer-wise normalization: one number a leaf.
+
+  .. math::
+    T_w = \operatorname{diag}(\|w_l\|_2 + \eta) \quad
+    \text{on the entries of the leaf } w_l
+
+  Args:
+    eta: The constant :math:`\eta \ge 0`, a number or a traced scalar.
+    mask: Which leaves are normalized, as in :func:`elementwise`.
+
+  Returns:
+    A function from ``params`` to :math:`T_w`: a pytree like ``params`` whose
+    leaves are at least float32 and of size 1 along every axis, or are 1.
+
+  Raises:
+    TypeError: ``eta`` is no real number, or the mask has leaves that are no
+      bools.
+    ValueError: ``eta`` is negative or not finite, or the mask does not fit.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from optax_asam import normalization
+    >>> params = {'kernel': jnp.array([3.0, 4.0])}
+    >>> print(normalization.layerwise(eta=0.5)(params)['kernel'])
+    [5.5]
+
+  References:
+    The family of operators of Kwon et al., `ASAM
+    <https://arxiv.org/abs/2102.11600>`_, 2021, section 3, with the leaf in
+    place of the filter.
+  """
+  return _masked(lambda w: _l2_norm(w, None), eta, mask)
+
+
+FACTORIES = (identity, elementwise, filterwise, layerwise)
+
+
+def _masked(operator, eta, mask) -> Normalization:
+  """``operator(w) + eta`` at the leaves that ``mask`` selects, 1 elsewhere."""
+  _checks.check_scale('eta', eta, '0.01')
+  if mask is not None and not _trees.is_function(mask):
+    _trees.check_selects_something(mask)
+
+  def leaf(selected, w):
+    if not selected:
+      return 1
+    w = jnp.asarray(w, _trees.accumulator_dtype(w))
+    return operator(w) + jnp.asarray(eta, w.dtype)
+
+  def normalization(params):
+    return jax.tree.map(leaf, _trees.resolve_mask(mask, params), params)
+
+  return normalization
+
+
+def _l2_norm(w: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
+  """The norm over ``axis``, kept as size 1, with a zero derivative at zero."""
+  squares = jnp.sum(w * w, axis=axis, keepdims=True)
+  nonzero = squares > 0
+  # Guarded inside the root: sqrt has an infinite derivative at zero.
+  return jnp.where(nonzero, jnp.sqrt(jnp.where(nonzero, squares, 1)), 0)
