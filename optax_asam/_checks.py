@@ -124,17 +124,23 @@ def check_perturbed_dtype(value: Any) -> None:
     )
 
 
-def requires_base_tx(factory: Callable[P, R]) -> Callable[P, R]:
-  """Makes ``factory(rho=0.5)`` say what is missing and what to write."""
+def checks_base_tx(factory: Callable[P, R]) -> Callable[P, R]:
+  """Makes a ``base_tx`` that is missing or wrong an error that helps.
+
+  Python's own, for ``factory(rho=0.5)``, would not say what to write.
+  """
 
   @functools.wraps(factory)
   def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+    write = f'{factory.__name__}(optax.sgd(0.1))'
     if not args and 'base_tx' not in kwargs:
-      name = factory.__name__
       raise TypeError(
-        f'base_tx, the optimizer to wrap, must come first in {name}(...), but'
-        f' got none. Write for example {name}(optax.sgd(0.1)).'
+        f'base_tx, the optimizer to wrap, must be given, but got none. Write'
+        f' for example {write}.'
       )
+    check_transformation(
+      'base_tx', args[0] if args else kwargs['base_tx'], write
+    )
     return factory(*args, **kwargs)
 
   return checked

@@ -50,9 +50,9 @@ def as_value_and_grad_fn(
   def checked_value_fn(params):
     value = function(params)
     if not jax.tree_util.all_leaves([value]) or jnp.shape(value):
-      got = f'{type(value).__name__} {jax.eval_shape(lambda: value)}'
       raise TypeError(
-        f'value_fn must return a scalar, but returned {got}. Write for example'
+        f'value_fn must return a scalar, but returned'
+        f' {_trees.describe(value)}. Write for example'
         f' value_fn=lambda p: loss_fn(p).mean(), or loss_fn(p)[0] where it'
         f' returns auxiliary data, too.'
       )

@@ -117,10 +117,16 @@ def _first_difference(tree: PyTree, params: optax.Params) -> str:
       if path_name(path) not in want
     ]
     what = f'{extra[0]} is unexpected' if extra else 'the containers differ'
-  kind = type(tree).__name__
+  return f'{what} (got {describe(tree)}, for params {describe(params)})'
+
+
+def describe(tree: PyTree) -> str:
+  """What ``tree`` is, in the words of an error message."""
   if isinstance(tree, tuple):
-    kind = f'tuple of length {len(tree)}'
-  return f'{what} (got a {kind}, for params a {type(params).__name__})'
+    return f'a tuple of length {len(tree)}'
+  if jax.tree_util.all_leaves([tree]):
+    return f'an array of shape {jnp.shape(tree)}'
+  return f'a {type(tree).__name__}'
 
 
 def check_operator(t: PyTree, params: optax.Params) -> None:

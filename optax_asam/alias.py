@@ -13,7 +13,7 @@ from optax_asam import normalization as _normalization
 from optax_asam import transform
 
 
-@_checks.requires_base_tx
+@_checks.checks_base_tx
 def asam(
   base_tx: optax.GradientTransformation,
   rho: chex.Numeric | optax.Schedule = 0.5,
@@ -101,7 +101,6 @@ def asam(
     ``grad_fn``. It then tests the clean loss along the direction of the
     perturbed gradient.
   """
-  _checks.check_transformation('base_tx', base_tx, 'asam(optax.sgd(0.1))')
   return optax.chain(
     transform.sharpness_aware(
       _ascent.rho_ball(rho, eta, adaptive, ord=ord, mask=mask),
@@ -115,7 +114,7 @@ def asam(
   )
 
 
-@_checks.requires_base_tx
+@_checks.checks_base_tx
 def sam(
   base_tx: optax.GradientTransformation,
   rho: chex.Numeric | optax.Schedule = 0.05,

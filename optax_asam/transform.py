@@ -2,6 +2,7 @@ r"""The transformation that takes the second gradient."""
 
 from collections.abc import Callable
 from collections.abc import Hashable
+import functools
 from typing import Any
 from typing import NamedTuple
 
