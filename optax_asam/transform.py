@@ -2,7 +2,6 @@ r"""The transformation that takes the second gradient."""
 
 from collections.abc import Callable
 from collections.abc import Hashable
-import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -169,29 +168,23 @@ def sharpness_aware(
       for _ in range(ascent_steps - 1):
         _, grads = value_and_grad_fn(perturb(eps))
         eps = optax.tree.add(eps, _divide(ascend(grads)[0], ascent_steps))
-      value, grads = value_and_grad_fn(perturb(eps))
-      return (
-        jnp.asarray(value, state.perturbed_value.dtype),
-        optax.tree.cast_like(grads, updates),
-      )
+      value, perturbed_grads = value_and_grad_fn(perturb(eps))
+      value = average(jnp.asarray(value, state.perturbed_value.dtype))
+      perturbed_grads = average(optax.tree.cast_like(perturbed_grads, updates))
+      if descent is None:
+        return value, perturbed_grads
+      return value, _descend(descent, average(updates), perturbed_grads)
 
     def clean_pass():
-      return jnp.full_like(state.perturbed_value, jnp.nan), updates
+      return jnp.full_like(state.perturbed_value, jnp.nan), average(updates)
 
-    def on_kth_step(then, otherwise):
-      if every_k == 1:
-        return then()
-      return jax.lax.cond(state.step % every_k == 0, then, otherwise)
-
-    # Averages stand outside the cond: every replica joins every collective.
-    value, perturbed_grads = average(on_kth_step(perturbed_pass, clean_pass))
-    if descent is None:
-      descent_grads = perturbed_grads
+    # Both passes average: under shard_map the branches of a cond must vary over
+    # the same axes, and gradients may come in averaged already.
+    if every_k == 1:
+      value, descent_grads = perturbed_pass()
     else:
-      grads = average(updates)
-      descent_grads = on_kth_step(
-        functools.partial(_descend, descent, grads, perturbed_grads),
-        lambda: grads,
+      value, descent_grads = jax.lax.cond(
+        state.step % every_k == 0, perturbed_pass, clean_pass
       )
     return descent_grads, SharpnessAwareState(
       step=optax.safe_increment(state.step),

@@ -1,0 +1,19 @@
+"""Eight CPU devices for the tests of parallelism, and float64 on request."""
+
+import os
+
+# Read when JAX's backend starts, which nothing here has done yet.
+os.environ['XLA_FLAGS'] = (
+  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+)
+
+import jax
+import pytest
+
+
+@pytest.fixture
+def x64():
+  """Turns float64 on for one test."""
+  jax.config.update('jax_enable_x64', True)
+  yield
+  jax.config.update('jax_enable_x64', False)
