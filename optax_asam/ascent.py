@@ -212,7 +212,9 @@ def _steepest_in_unit_ball(
   # divided out first; that it cancels is why its derivative may be left out.
   peaks = [jnp.max(jnp.abs(leaf), initial=0) for leaf in h]
   peak = jax.lax.stop_gradient(jnp.stack(peaks).max())
-  usable = (peak >= tiny) & jnp.isfinite(peak)
+  # XLA may divide by multiplying with 1 / peak, which must not be flushed to
+  # zero. NaN fails both comparisons.
+  usable = (peak >= tiny) & (peak <= 1 / tiny)
   safe_peak = jnp.where(usable, peak, 1)
   q = p / (p - 1)
   magnitudes = [jnp.abs(leaf) / safe_peak for leaf in h]
