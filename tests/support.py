@@ -26,7 +26,7 @@ def error(tree: PyTree, expected: PyTree) -> float:
       a, b = a.astype(np.float64), b.astype(np.float64)
       scale = np.abs(b).max()
       errors.append(np.abs(a - b).max() / (scale if scale else 1.0))
-  return float(np.nan_to_num(max(errors), nan=np.inf))
+  return float(np.nan_to_num(np.max(errors), nan=np.inf))
 
 
 def assert_same_bits(tree: PyTree, expected: PyTree) -> None:

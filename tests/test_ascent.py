@@ -237,7 +237,7 @@ def test_dtypes(x64):
     )
     for e, dtype, name in zip(eps, dtypes, names, strict=True):
       assert e.dtype == dtype
-      # T is float32 at all leaves but the last, and so is its share of the norm.
+      # T is float32 at all leaves but the last, which the norm shows.
       ulp = 2 * float(jnp.finfo(dtype).eps)
       np.testing.assert_allclose(
         np.float64(e), expected[name], rtol=max(ulp, 1e-7)

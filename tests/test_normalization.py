@@ -72,7 +72,7 @@ def test_python_ones():
 
 
 def test_traced_eta():
-  """eta may be a tracer."""
+  """Eta may be a tracer."""
   t = jax.jit(lambda eta: normalization.elementwise(eta)({'w': jnp.ones(2)}))
   np.testing.assert_allclose(t(0.5)['w'], [1.5, 1.5])
 

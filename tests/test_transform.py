@@ -122,7 +122,7 @@ def test_reference(x64, params, p, ascent_steps, every_k, interface):
 
 @pytest.mark.parametrize('every_k', [1, 2])
 def test_descent(x64, params, every_k):
-  """descent sees (g, g~) on the steps with a second gradient, and only then."""
+  """Descent sees (g, g~) on the steps with a second gradient, and only then."""
 
   def descent(g, perturbed_g):
     return jax.tree.map(lambda a, b: 2 * a - b**2, g, perturbed_g)
