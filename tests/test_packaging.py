@@ -72,7 +72,7 @@ def test_wheel(wheel):
 
 
 def test_empty_environment(wheel, tmp_path):
-  """It installs with the runtime dependencies only, imports and takes a step."""
+  """With the runtime dependencies only it imports and takes a step."""
   venv.create(tmp_path / 'env', with_pip=True)
   python = tmp_path / 'env' / 'bin' / 'python'
   run(python, '-m', 'pip', 'install', '--quiet', wheel)
