@@ -1,5 +1,6 @@
 """The demo program: what it writes and prints, and what it refuses."""
 
+from concurrent import futures
 import importlib
 import json
 import os
@@ -22,44 +23,61 @@ arguments, data, evaluation, models, reporting, search = map(
   ('arguments', 'data', 'evaluation', 'models', 'reporting', 'search'),
 )
 
-SEARCH = ('--seeds=2', '--rho-sam=0.05,0.1', '--rho-asam=0.5,1')
-NO_PERTURBATION = ('--seeds=4,1', '--rho-sam=0', '--rho-asam=0')
+# Two candidates by two seeds of the search are as many runs as four seeds at
+# the end: some programs are compiled but once.
+SEARCHED = ['--epochs=2', '--seeds=4', '--rho-sam=0.05,0.1', '--rho-asam=0.5,1']
+COMMANDS = {
+  'searched': SEARCHED,
+  'again': SEARCHED,
+  'unperturbed': ['--epochs=2', '--seeds=4,1', '--rho-sam=0', '--rho-asam=0'],
+  'refused': ['--epochs=0'],
+}
 
 
 @pytest.fixture(scope='module')
-def run_program(tmp_path_factory):
-  """Runs train.py, whose programs are compiled once for the whole module."""
-  cache = tmp_path_factory.mktemp('cache')
-  env = os.environ | {
-    'JAX_COMPILATION_CACHE_DIR': str(cache),
+def processes(tmp_path_factory):
+  """How each command ended, and its folder: written as JSON, PNG and text."""
+  root = tmp_path_factory.mktemp('examples')
+  env = {
+    **{key: os.environ[key] for key in os.environ if key != 'XLA_FLAGS'},
+    # The program as it is compiles for longer than these tests may take.
     'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+    'JAX_COMPILATION_CACHE_DIR': str(root / 'cache'),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'PYTHONIOENCODING': 'utf-8',
   }
 
-  def run(*args):
+  def run(name):
     return subprocess.run(
-      [sys.executable, EXAMPLES / 'train.py', *args],
+      [
+        *(sys.executable, EXAMPLES / 'train.py', *COMMANDS[name]),
+        *('--out', root / 'out' / name),
+      ],
       capture_output=True,
       check=False,
       encoding='utf-8',
       env=env,
     )
 
-  return run
+  # The first fills the cache for the others.
+  first, *others = COMMANDS
+  with futures.ThreadPoolExecutor() as pool:
+    results = [run(first), *pool.map(run, others)]
+  return root / 'out', dict(zip(COMMANDS, results, strict=True))
 
 
 @pytest.fixture(scope='module')
-def searched(run_program, tmp_path_factory):
-  """The folder and the output of a run with a search."""
-  out = tmp_path_factory.mktemp('out') / 'new' / 'folder'
-  process = run_program('--epochs=2', *SEARCH, '--out', out)
-  assert process.returncode == 0, process.stderr
-  return out, process.stdout
+def searched(processes):
+  """The folder and the results of a run with a search, and what it printed."""
+  return finished(processes, 'searched')
 
 
-def read(out):
-  return json.loads((out / 'results.json').read_text())
+def finished(processes, name):
+  """The folder and the results of a run that succeeded, and what it printed."""
+  out, ended = processes
+  assert ended[name].returncode == 0, ended[name].stderr
+  results = json.loads((out / name / 'results.json').read_text())
+  return out / name, results, ended[name].stdout
 
 
 def without_times(results):
@@ -74,103 +92,388 @@ def without_times(results):
   return results
 
 
-def test_results_hold_what_ran_and_what_came_out(searched):
-  out, _ = searched
-  results = read(out)
-  assert '--rho-sam=0.05,0.1' in results['command']
+def test_results(searched):
+  """results.json holds what ran and what came out, for every seed."""
+  _, results, _ = searched
   assert set(results) == {
     *('command', 'commit', 'versions', 'device', 'config'),
     *('search', 'optimizers', 'wall_time_s'),
   }
-  assert set(results['versions']) == {
-    *('python', 'jax', 'flax', 'optax', 'optax_asam')
-  }
-  assert results['config']['seeds'] == [0, 1]
+  assert '--rho-sam=0.05,0.1' in results['command']
+  assert results['versions']['jax'] == jax.__version__
+  assert results['config']['seeds'] == [0, 1, 2, 3]
   assert set(results['optimizers']) == {'SGD', 'SAM', 'ASAM'}
   for result in results['optimizers'].values():
-    assert np.shape(result['curves']['train_loss']) == (2, 2)
-    assert np.shape(result['curves']['held_out_accuracy']) == (2, 2)
-    assert result['train_loss']['per_seed'] == result['curves']['train_loss'][1]
-    assert len(result['curves']['seconds_per_step']) == 2
-    assert result['ms_per_step'] > 0
+    curves = result['curves']
+    assert np.shape(curves['train_loss']) == (2, 4)
+    assert np.shape(curves['seconds_per_step']) == (2,)
+    assert result['train_loss']['per_seed'] == curves['train_loss'][-1]
     for quantity in (
       *('test_accuracy', 'held_out_accuracy', 'train_loss'),
       *('sharpness_sam_ball', 'sharpness_asam_ball'),
     ):
       low, high = result[quantity]['interval_95']
-      assert len(result[quantity]['per_seed']) == 2
+      assert len(result[quantity]['per_seed']) == 4
       assert low < result[quantity]['mean'] < high
   assert results['optimizers']['SGD']['time_ratio_to_sgd'] == 1
 
 
-def test_search_uses_other_seeds_and_its_best_candidate_is_trained(searched):
-  results = read(searched[0])
+def test_search_in_results(searched):
+  """Other seeds are searched, and the best candidate is trained."""
+  _, results, _ = searched
   for name, rhos in (('SAM', [0.05, 0.1]), ('ASAM', [0.5, 1])):
     found = results['search'][name]
     scores = [c['held_out_accuracy']['mean'] for c in found['candidates']]
     assert [c['rho'] for c in found['candidates']] == rhos
-    assert found['seeds'] == [2, 3]
+    assert found['seeds'] == [4, 5]
     assert found['rho'] == rhos[np.argmax(scores)]
     assert results['optimizers'][name]['rho'] == found['rho']
 
 
-def test_figure_decodes_and_nothing_else_is_left(searched):
-  out, _ = searched
-  assert sorted(path.name for path in out.iterdir()) == [
-    'curves.png',
-    'results.json',
-  ]
+def test_figure(searched):
+  """The figure decodes, and no temporary file is left beside it."""
+  out, _, _ = searched
+  names = sorted(path.name for path in out.iterdir())
+  assert names == ['curves.png', 'results.json']
   height, width, _ = image.imread(out / 'curves.png').shape
   assert (height, width) == (540, 1200)
 
 
-def test_tables_are_printed_with_what_the_file_holds(searched):
-  out, stdout = searched
-  results = read(out)
+def test_tables(searched):
+  """What is printed is what the file holds, and the edges are told."""
+  _, results, stdout = searched
   rows = [line.split() for line in stdout.splitlines()]
   for name, result in results['optimizers'].items():
     mean = result['test_accuracy']['mean']
     half_width = result['test_accuracy']['interval_95'][1] - mean
-    [row] = [row for row in rows if row[:1] == [name]]
-    assert row[1:6] == [
-      f'{result["rho"]:g}',
-      f'{100 * mean:.2f}',
-      '±',
-      f'{100 * half_width:.2f}',
+    assert [
+      *(name, f'{result["rho"]:g}'),
+      *(f'{100 * mean:.2f}', '±', f'{100 * half_width:.2f}'),
       f'{result["train_loss"]["mean"]:.3f}',
-    ]
-  candidates = [results['search'][name]['candidates'] for name in ('SAM', 'ASAM')]
-  for sam, asam in zip(*candidates, strict=True):
+      f'{result["sharpness_sam_ball"]["mean"]:.5f}',
+      f'{result["sharpness_asam_ball"]["mean"]:.5f}',
+      f'{result["ms_per_step"]:.2f}',
+      f'{result["time_ratio_to_sgd"]:.2f}',
+    ] in rows
+  found = results['search']
+  for i in range(2):
     row = []
-    for candidate in (sam, asam):
+    for name in ('SAM', 'ASAM'):
+      candidate = found[name]['candidates'][i]
+      chosen = '*' if candidate['rho'] == found[name]['rho'] else ''
       score = candidate['held_out_accuracy']['mean']
-      row += [f'{candidate["rho"]:g}', f'{100 * score:.1f}']
-    assert row in [[cell.rstrip('*') for cell in row] for row in rows]
-  # Of two candidates, either is at the edge.
-  for name in ('SAM', 'ASAM'):
-    rho = results['search'][name]['rho']
-    assert f'{name}: rho = {rho:g} is at the edge' in stdout
+      row += [f'{candidate["rho"]:g}', f'{100 * score:.1f}{chosen}']
+    assert row in rows
+  for name in found:  # Of two candidates, either is at the edge.
+    assert f'{name}: rho = {found[name]["rho"]:g} is at the edge' in stdout
 
 
-def test_results_are_deterministic(searched, run_program, tmp_path):
-  process = run_program('--epochs=2', *SEARCH, '--out', tmp_path)
-  assert process.returncode == 0, process.stderr
-  first, second = read(searched[0]), read(tmp_path)
-  assert without_times(first) == without_times(second)
+def test_deterministic(processes, searched):
+  """A second run differs in nothing but times."""
+  _, results, _ = finished(processes, 'again')
+  assert without_times(results) == without_times(searched[1])
 
 
-def test_without_perturbation_all_three_are_sgd(run_program, tmp_path):
-  process = run_program('--epochs=2', *NO_PERTURBATION, '--out', tmp_path)
-  assert process.returncode == 0, process.stderr
-  results = read(tmp_path)
+def test_no_perturbation(processes):
+  """At rho = 0, SAM and ASAM are SGD; single candidates are not searched."""
+  _, results, stdout = finished(processes, 'unperturbed')
   assert results['search'] == {}
-  assert 'Choice of rho' not in process.stdout
-  curves = {
-    name: result['curves']['train_loss']
-    for name, result in results['optimizers'].items()
+  assert 'Choice of rho' not in stdout
+  sgd, sam, asam = (
+    np.array(results['optimizers'][name]['curves']['train_loss'])
+    for name in ('SGD', 'SAM', 'ASAM')
+  )
+  np.testing.assert_allclose(sam, sgd, rtol=1e-5)
+  np.testing.assert_allclose(asam, sgd, rtol=1e-5)
+  assert np.all(sgd[0] > sgd[1])
+  assert sgd[0, 0] != sgd[0, 1]  # The seeds make a difference.
+
+
+def test_refused(processes):
+  """A bad argument ends the program with one line before it does anything."""
+  out, ended = processes
+  assert ended['refused'].returncode == 2
+  assert ended['refused'].stdout == ''
+  assert ended['refused'].stderr == (
+    "train.py: error: argument --epochs: must be an integer >= 1, but got '0'."
+    ' Write for example 100.\n'
+  )
+  assert not (out / 'refused').exists()
+
+
+@pytest.mark.parametrize(
+  ('args', 'words'),
+  [
+    (['--dataset=mnist'], ['--dataset', "'mnist'", "'digits'"]),
+    (['--model=cnn'], ['--model', "'cnn'", "'mlp'"]),
+    (['--label-noise=1'], ['--label-noise', "'1'", '0.4']),
+    (['--label-noise', '-0.1'], ['--label-noise', "'-0.1'", '0.4']),
+    (['--label-noise=nan'], ['--label-noise', "'nan'", '0.4']),
+    (['--epochs=0'], ['--epochs', "'0'", '100']),
+    (['--epochs=1.5'], ['--epochs', "'1.5'", '100']),
+    (['--batch-size=0'], ['--batch-size', "'0'", '100']),
+    (['--batch-size=1001'], ['--batch-size', '1001', '1000', '100']),
+    (['--lr=0'], ['--lr', "'0'", '0.1']),
+    (['--lr', '-inf'], ['--lr', "'-inf'", '0.1']),
+    (['--lr=nan'], ['--lr', "'nan'", '0.1']),
+    (['--seeds=0'], ['--seeds', "'0'", '5 or 0,1,2']),
+    (['--seeds', '-1,2'], ['--seeds', "'-1,2'", '5 or 0,1,2']),
+    (['--seeds=3,3'], ['--seeds', "'3,3'", '5 or 0,1,2']),
+    (['--seeds=0,4294967296'], ['--seeds', "'0,4294967296'", '5 or 0,1,2']),
+    (['--rho-sam', '-1e-3,1'], ['--rho-sam', "'-1e-3,1'", '0.05,0.1,0.2']),
+    (['--rho-sam=nan,1'], ['--rho-sam', "'nan,1'", '0.05,0.1,0.2']),
+    (['--rho-sam='], ['--rho-sam', '0.05,0.1,0.2']),
+    (['--rho-asam=inf'], ['--rho-asam', "'inf'", '0.5,1,2']),
+    (['--rho-asam=1,1.0'], ['--rho-asam', "'1,1.0'", '0.5,1,2']),
+    (['--rho-sam=0.1,0.3'], ['--rho-asam', '2', '5', '--rho-asam 1,3']),
+    (['--epoch=3'], ['unrecognized arguments', '--epoch=3']),
+  ],
+)
+def test_bad_arguments(args, words, capsys, tmp_path):
+  """One line names the argument, what came and what to write."""
+  with pytest.raises(SystemExit) as exit_info:
+    arguments.parse([*args, '--out', str(tmp_path / 'out')])
+  assert exit_info.value.code == 2
+  message = capsys.readouterr().err
+  assert message.count('\n') == 1
+  for word in words:
+    assert word in message
+  assert not (tmp_path / 'out').exists()
+
+
+def test_out_beneath_a_file(capsys, tmp_path):
+  """A folder that cannot be made is refused like any bad argument."""
+  file = tmp_path / 'file'
+  file.write_text('kept')
+  with pytest.raises(SystemExit) as exit_info:
+    arguments.parse(['--out', str(file / 'folder')])
+  assert exit_info.value.code == 2
+  assert (
+    f'argument --out: must be a folder that can be written to, but got'
+    f" '{file}/folder' (Not a directory). Write for example --out out/train.\n"
+  ) in capsys.readouterr().err
+  assert file.read_text() == 'kept'
+
+
+def test_arguments(tmp_path):
+  """Lists are read; candidates become ascending, a single number counts."""
+  out = f'--out={tmp_path}'
+  args, dataset = arguments.parse(
+    ['--seeds', '7,2', '--rho-sam=0.2,0.1', '--rho-asam', '1,2', out]
+  )
+  assert args.seeds == [7, 2]
+  assert args.rho_sam == [0.1, 0.2]
+  assert args.rho_asam == [1, 2]
+  assert arguments.parse([out])[0].seeds == [0, 1, 2, 3, 4]
+  assert len(dataset.train.labels) == 1000
+
+
+@pytest.mark.parametrize(
+  ('fraction', 'n', 'wrong'),
+  [(0, 50, 0), (0.4, 1000, 400), (0.29, 100, 29), (0.999, 7, 6)],
+)
+def test_label_noise_is_exact(fraction, n, wrong):
+  """Exactly that many labels become another class."""
+  labels = np.arange(n, dtype=np.int32) % 3
+  rng = np.random.default_rng(0)
+  noisy = data.flip_labels(labels, fraction, 3, rng)
+  assert np.sum(noisy != labels) == wrong
+  assert set(noisy.tolist()) <= {0, 1, 2}
+  assert noisy.dtype == labels.dtype
+
+
+def test_label_noise_is_uniform():
+  """Wrong labels are spread over the other classes."""
+  labels = np.full(9000, 2, np.int32)
+  rng = np.random.default_rng(0)
+  noisy = data.flip_labels(labels, 0.5, 10, rng)
+  counts = np.bincount(noisy[noisy != 2], minlength=10)
+  # 500 each, but none of the true class; five standard deviations.
+  assert counts[2] == 0
+  assert np.all(np.abs(np.delete(counts, 2) - 500) < 5 * 500**0.5)
+
+
+def test_where_labels_are_noisy():
+  """Training and held-out labels alike, test labels not; seeds decide which."""
+  clean = data.digits()
+  noisy = data.add_label_noise(clean, 0.4, [3, 8, 3])
+  for part, size in (('train', 1000), ('held_out', 300)):
+    labels = getattr(noisy, part).labels
+    wrong = labels != getattr(clean, part).labels
+    np.testing.assert_array_equal(wrong.sum(axis=1), [0.4 * size] * 3)
+    np.testing.assert_array_equal(labels[0], labels[2])
+    assert np.any(wrong[0] != wrong[1])
+  for labels in noisy.test.labels:
+    np.testing.assert_array_equal(labels, clean.test.labels)
+
+
+def test_digits():
+  """Every image is in one part."""
+  dataset = data.digits()
+  parts = [dataset.train, dataset.held_out, dataset.test]
+  images = np.concatenate([part.images for part in parts]).reshape(1797, 64)
+  assert len(np.unique(images, axis=0)) == 1797
+  assert (images.min(), images.max()) == (0, 1)
+
+
+@pytest.fixture
+def linear():
+  """Two linear classifiers, and data with labels of its own for each."""
+  rng = np.random.default_rng(0)
+  model = models.MLP(num_classes=3, hidden_sizes=())
+  kernels, biases = rng.normal(size=(2, 4, 3)), rng.normal(size=(2, 3))
+  split = data.Split(
+    images=rng.uniform(size=(6, 2, 2, 1)).astype(np.float32),
+    labels=rng.integers(0, 3, (2, 6)).astype(np.int32),
+  )
+  return model, kernels, biases, split
+
+
+def flax_params(kernels, biases):
+  """The parameters of linear classifiers, one a run, as Flax names them."""
+  arrays = {'kernel': kernels, 'bias': biases}
+  return {
+    'Dense_0': jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), arrays)
   }
-  np.testing.assert_allclose(curves['SAM'], curves['SGD'], rtol=1e-5)
-  np.testing.assert_allclose(curves['ASAM'], curves['SGD'], rtol=1e-5)
-  assert curves['SGD'][0] > curves['SGD'][1]
-  # The seeds make a difference.
-  assert curves['SGD'][0][0] != curves['SGD'][0][1]
+
+
+def numpy_loss_and_grads(kernel, bias, images, labels):
+  """Cross-entropy of a linear classifier in float64, and its gradient."""
+  x = images.reshape(len(images), -1).astype(np.float64)
+  logits = x @ kernel + bias
+  log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+  residual = (np.exp(log_p) - np.eye(3)[labels]) / len(labels)
+  loss = -log_p[np.arange(len(labels)), labels].mean()
+  return loss, x.T @ residual, residual.sum(axis=0)
+
+
+@pytest.mark.parametrize(
+  ('quantity', 'rho', 'normalize'),
+  [
+    ('sharpness_sam_ball', 0.05, np.ones_like),
+    ('sharpness_asam_ball', 0.5, lambda kernel: np.abs(kernel) + 0.01),
+  ],
+)
+def test_sharpness(linear, quantity, rho, normalize):
+  """Both balls against closed forms in float64."""
+  model, kernels, biases, split = linear
+  expected = []
+  for kernel, bias, labels in zip(kernels, biases, split.labels, strict=True):
+    inputs = split.images, labels
+    loss, kernel_grad, bias_grad = numpy_loss_and_grads(kernel, bias, *inputs)
+    t = normalize(kernel)  # Biases have T = 1 in both balls.
+    norm = np.sqrt(np.sum((t * kernel_grad) ** 2) + np.sum(bias_grad**2))
+    perturbed_loss, _, _ = numpy_loss_and_grads(
+      kernel + rho * t**2 * kernel_grad / norm,
+      bias + rho * bias_grad / norm,
+      *inputs,
+    )
+    expected.append(perturbed_loss - loss)
+  measure = evaluation.ON_TRAINING_SET[quantity]
+  np.testing.assert_allclose(
+    measure(flax_params(kernels, biases), model, split), expected, rtol=1e-4
+  )
+
+
+def test_loss_and_accuracy(linear):
+  """Against float64, with labels of its own for each run."""
+  model, kernels, biases, split = linear
+  losses, accuracies = [], []
+  for kernel, bias, labels in zip(kernels, biases, split.labels, strict=True):
+    losses.append(numpy_loss_and_grads(kernel, bias, split.images, labels)[0])
+    logits = split.images.reshape(6, 4) @ kernel + bias
+    accuracies.append(np.mean(logits.argmax(axis=1) == labels))
+  params = flax_params(kernels, biases)
+  assert accuracies[0] != accuracies[1]
+  np.testing.assert_allclose(
+    evaluation.loss(params, model, split), losses, 1e-5
+  )
+  np.testing.assert_allclose(
+    evaluation.accuracy(params, model, split), accuracies
+  )
+
+
+def test_search():
+  """The candidate is taken that does best over all seeds at the end."""
+  model = models.MLP(num_classes=3, hidden_sizes=())
+  ones = data.Split(np.zeros((5, 2, 2, 1), np.float32), np.ones(5, np.int32))
+  dataset = data.Dataset(3, ones, ones, ones)
+  trained = []
+
+  def train(rhos, seeds, split):
+    trained.extend(zip(rhos, seeds, strict=True))
+    assert split.labels.shape == (6, 5)
+    # Only rho = 0.2 learns that every image is of class 1; so does seed 8 of
+    # the first candidate.
+    right = [run in [(0.1, 8), (0.2, 8), (0.2, 9)] for run in trained]
+    biases = np.eye(3)[np.where(right, 1, 0)]
+    yield flax_params(np.zeros((6, 4, 3)), np.zeros((6, 3))), 1.0
+    yield flax_params(np.zeros((6, 4, 3)), biases), 1.0
+
+  found = search.search_rho(
+    train,
+    [0.1, 0.2, 0.5],
+    [8, 9],
+    model=model,
+    add_label_noise=lambda seeds: data.add_label_noise(dataset, 0, seeds),
+    track=iter,
+  )
+  assert trained == [(rho, seed) for rho in (0.1, 0.2, 0.5) for seed in (8, 9)]
+  np.testing.assert_array_equal(found.scores, [[1, 0], [1, 1], [0, 0]])
+  assert (found.rho, found.at_edge) == (0.2, False)
+
+
+@pytest.mark.parametrize(
+  ('scores', 'rho', 'at_edge'),
+  [([3, 2, 1], 1, True), ([1, 2, 3], 4, True), ([1, 2, 2], 2, False)],
+)
+def test_edges_and_ties(scores, rho, at_edge):
+  """An edge is told, and the smallest of equals is taken."""
+  found = search.Search([1, 2, 4], [0], np.array(scores)[:, None])
+  assert (found.rho, found.at_edge) == (rho, at_edge)
+
+
+def test_interval():
+  """Against SciPy's t-test."""
+  values = np.random.default_rng(0).normal(size=(3, 5))
+  mean, half_width = reporting.t_interval(values)
+  for i, row in enumerate(values):
+    interval = scipy.stats.ttest_1samp(row, 0).confidence_interval(0.95)
+    np.testing.assert_allclose(mean[i] - half_width[i], interval.low)
+    np.testing.assert_allclose(mean[i] + half_width[i], interval.high)
+
+
+def test_interval_of_few():
+  """Equal values have no spread, and that of one value is unknown."""
+  assert reporting.t_interval([2.0, 2.0]) == (2, 0)
+  mean, half_width = reporting.t_interval([2.0])
+  assert mean == 2
+  assert np.isnan(half_width)
+
+
+def test_json_without_nan(tmp_path):
+  """What is not finite is null in the file."""
+  path = tmp_path / 'results.json'
+  results = {'a': np.array([[np.nan, 1.5]]), 'b': [np.float32(np.inf), None]}
+  reporting.write_json(path, results | {'c': reporting.summarize([2.0])})
+  assert json.loads(path.read_text()) == {
+    'a': [[None, 1.5]],
+    'b': [None, None],
+    'c': {'per_seed': [2.0], 'mean': 2.0, 'interval_95': [None, None]},
+  }
+
+
+def test_interrupted_write(tmp_path):
+  """The old file stays, and no part of the new one."""
+  path = tmp_path / 'results.json'
+  path.write_text('old')
+
+  def write():
+    with reporting.replacing(path) as partial:
+      partial.write_text('ne')
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    write()
+  assert [file.name for file in tmp_path.iterdir()] == ['results.json']
+  assert path.read_text() == 'old'

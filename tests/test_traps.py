@@ -8,6 +8,7 @@ import pytest
 from support import assert_same_bits
 from support import error
 
+import optax_asam
 from optax_asam import asam
 from optax_asam import normalization
 
@@ -271,3 +272,19 @@ def test_none_in_params():
   )
   assert updates['activation'] is None
   assert (updates['w'] < -0.2).all()
+
+
+def test_two_steps_chosen_in_python(params, x):
+  """The way to every_k on CPU: two estimators, one optimizer."""
+  base = optax.sgd(0.1, momentum=0.9)
+  estimators = optax_asam.value_and_grad(loss_fn), jax.value_and_grad(loss_fn)
+  chosen, base_state = params, base.init(params)
+  tx = asam(base, every_k=2)
+  expected, state = params, tx.init(params)
+  for i in range(4):
+    _, grads = estimators[i % 2](chosen, x[i])
+    updates, base_state = base.update(grads, base_state, chosen)
+    chosen = optax.apply_updates(chosen, updates)
+    updates, state = update(tx, state, expected, x[i])
+    expected = optax.apply_updates(expected, updates)
+  assert error(chosen, expected) < 1e-5
