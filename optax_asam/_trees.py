@@ -63,6 +63,17 @@ def check_params(params: optax.Params) -> None:
       )
 
 
+def check_update(updates: optax.Updates, params: optax.Params | None) -> None:
+  """Raises unless ``updates`` may be the gradient at ``params``."""
+  if params is None:
+    raise ValueError(
+      'params must be given, but got None: the perturbation depends on them.'
+      ' Write tx.update(grads, state, params, grad_fn=grad_fn).'
+    )
+  check_params(params)
+  check_like('grads', updates, params, write='Pass the gradient at params.')
+
+
 def check_like(
   name: str,
   tree: PyTree,

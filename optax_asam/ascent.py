@@ -83,15 +83,7 @@ def steepest_ascent(
     return optax.EmptyState()
 
   def update_fn(updates, state, params=None):
-    if params is None:
-      raise ValueError(
-        'params must be given, but got None: a perturbation depends on them.'
-        ' Write update(grads, state, params, ...).'
-      )
-    _trees.check_params(params)
-    _trees.check_like(
-      'grads', updates, params, write='Pass the gradient at params.'
-    )
+    _trees.check_update(updates, params)
     selected = _trees.resolve_mask(mask, params)
     _trees.check_selects_something(selected)
     t = normalization(params)

@@ -139,15 +139,7 @@ def sharpness_aware(
   def update_fn(
     updates, state, params=None, *, grad_fn=None, value_fn=None, **extra_args
   ):
-    if params is None:
-      raise ValueError(
-        'params must be given, but got None: the gradient is taken again near'
-        ' them. Write tx.update(grads, state, params, grad_fn=grad_fn).'
-      )
-    _trees.check_params(params)
-    _trees.check_like(
-      'grads', updates, params, write='Pass the gradient at params.'
-    )
+    _trees.check_update(updates, params)
     value_and_grad_fn = _functions.as_value_and_grad_fn(grad_fn, value_fn)
 
     def ascend(grads):

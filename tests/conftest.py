@@ -8,6 +8,8 @@ os.environ['XLA_FLAGS'] = (
 )
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 
@@ -17,3 +19,13 @@ def x64():
   jax.config.update('jax_enable_x64', True)
   yield
   jax.config.update('jax_enable_x64', False)
+
+
+@pytest.fixture
+def params():
+  """Parameters of a dense layer, in float32."""
+  rng = np.random.default_rng(0)
+  return {
+    'kernel': jnp.asarray(rng.standard_normal((3, 2)), jnp.float32),
+    'bias': jnp.asarray(rng.standard_normal(2), jnp.float32),
+  }

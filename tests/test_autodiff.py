@@ -25,16 +25,6 @@ def loss_and_aux(params, x, **kwargs):
 
 
 @pytest.fixture
-def params():
-  """Parameters of a dense layer."""
-  rng = np.random.default_rng(0)
-  return {
-    'kernel': jnp.asarray(rng.standard_normal((3, 2)), jnp.float32),
-    'bias': jnp.asarray(rng.standard_normal(2), jnp.float32),
-  }
-
-
-@pytest.fixture
 def x():
   """Inputs."""
   rng = np.random.default_rng(1)

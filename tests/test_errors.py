@@ -177,7 +177,7 @@ def test_ascent():
   tx = ascent.steepest_ascent(normalization.identity())
   with pytest.raises(ValueError) as info:
     tx.update(PARAMS, tx.init(PARAMS))
-  assert_says(info, 'params', 'None', 'update(grads, state, params')
+  assert_says(info, 'params', 'None', 'update(grads, state, params, ')
 
 
 @pytest.mark.parametrize('axis', [None, 1.0, 'output', True])

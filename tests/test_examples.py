@@ -204,8 +204,8 @@ def test_refused(processes):
 @pytest.mark.parametrize(
   ('args', 'words'),
   [
-    (['--dataset=mnist'], ['--dataset', "'mnist'", "'digits'"]),
-    (['--model=cnn'], ['--model', "'cnn'", "'mlp'"]),
+    (['--dataset=mnist'], ['--dataset', "'mnist'", 'digits']),
+    (['--model=cnn'], ['--model', "'cnn'", 'mlp']),
     (['--label-noise=1'], ['--label-noise', "'1'", '0.4']),
     (['--label-noise', '-0.1'], ['--label-noise', "'-0.1'", '0.4']),
     (['--label-noise=nan'], ['--label-noise', "'nan'", '0.4']),

@@ -32,16 +32,6 @@ def loss_fn(params, x):
 
 
 @pytest.fixture
-def params():
-  """Parameters of a dense layer."""
-  rng = np.random.default_rng(0)
-  return {
-    'kernel': jnp.asarray(rng.standard_normal((3, 2)), jnp.float32),
-    'bias': jnp.asarray(rng.standard_normal(2), jnp.float32),
-  }
-
-
-@pytest.fixture
 def x():
   """Inputs: four micro-batches of two."""
   rng = np.random.default_rng(1)
