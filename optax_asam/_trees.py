@@ -63,8 +63,10 @@ def check_params(params: optax.Params) -> None:
       )
 
 
-def check_update(updates: optax.Updates, params: optax.Params | None) -> None:
-  """Raises unless ``updates`` may be the gradient at ``params``."""
+def checked_params(
+  params: optax.Params | None, updates: optax.Updates
+) -> optax.Params:
+  """``params``, if ``updates`` may be the gradient at them; else raises."""
   if params is None:
     raise ValueError(
       'params must be given, but got None: the perturbation depends on them.'
@@ -72,6 +74,7 @@ def check_update(updates: optax.Updates, params: optax.Params | None) -> None:
     )
   check_params(params)
   check_like('grads', updates, params, write='Pass the gradient at params.')
+  return params
 
 
 def check_like(
@@ -201,8 +204,8 @@ def resolve_mask(mask: Mask | None, params: optax.Params) -> PyTree:
     ) from error
 
 
-def check_selects_something(mask: PyTree) -> None:
-  """Raises if ``mask``, a tree of bools, is false everywhere."""
+def check_selects_something(mask: Mask | None) -> None:
+  """Raises if ``mask`` is a tree of bools that is false everywhere."""
   leaves = jax.tree.leaves(mask)
   if leaves and all(leaf is False or leaf is np.False_ for leaf in leaves):
     raise ValueError(

@@ -1,7 +1,6 @@
 r"""Ascents: Optax transformations from a gradient to a perturbation."""
 
 from collections.abc import Callable
-import math
 from typing import Any
 
 import chex
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_asam import _ball
 from optax_asam import _checks
 from optax_asam import _trees
 from optax_asam import normalization as _normalization
@@ -75,41 +75,46 @@ def steepest_ascent(
   """
   _check_normalization('normalization', normalization)
   _checks.check_ord(ord)
-  if mask is not None and not _trees.is_function(mask):
-    _trees.check_selects_something(mask)
+  _trees.check_selects_something(mask)
 
   def init_fn(params):
     _trees.check_params(params)
     return optax.EmptyState()
 
   def update_fn(updates, state, params=None):
-    _trees.check_update(updates, params)
+    params = _trees.checked_params(params, updates)
     selected = _trees.resolve_mask(mask, params)
     _trees.check_selects_something(selected)
     t = normalization(params)
     _trees.check_operator(t, params)
 
     flat_selected, treedef = jax.tree.flatten(selected)
-    flat_params, flat_grads, flat_t = map(
-      treedef.flatten_up_to, (params, updates, t)
-    )
-    dtype = _trees.accumulator_dtype(*flat_params)
-    scaled_grads = [
+
+    def selected_leaves(tree):
+      leaves = zip(flat_selected, treedef.flatten_up_to(tree), strict=True)
+      return [leaf for is_selected, leaf in leaves if is_selected]
+
+    flat_t = selected_leaves(t)
+    dtype = _trees.accumulator_dtype(*jax.tree.leaves(params))
+    tg = [
       _multiply(t, jnp.asarray(g, dtype))
-      for s, t, g in zip(flat_selected, flat_t, flat_grads, strict=True)
-      if s
+      for t, g in zip(flat_t, selected_leaves(updates), strict=True)
     ]
-    direction, usable = _steepest_in_unit_ball(scaled_grads, ord)
-    directions = iter(direction)
-
-    def perturbation(selected, t, w):
-      if not selected:
-        return jnp.zeros_like(w)
-      eps = jnp.where(usable, _multiply(t, next(directions)), 0)
-      return eps.astype(jnp.result_type(w))
-
-    eps = map(perturbation, flat_selected, flat_t, flat_params)
-    return jax.tree.unflatten(treedef, eps), state
+    direction, usable = _ball.steepest(tg, ord)
+    perturbations = (
+      jnp.where(usable, _multiply(t, x), 0)
+      for t, x in zip(flat_t, direction, strict=True)
+    )
+    eps = jax.tree.map(
+      lambda is_selected, w: (
+        next(perturbations).astype(jnp.result_type(w))
+        if is_selected
+        else jnp.zeros_like(w)
+      ),
+      selected,
+      params,
+    )
+    return eps, state
 
   return optax.GradientTransformation(init_fn, update_fn)
 
@@ -168,60 +173,6 @@ def rho_ball(
     steepest_ascent(normalization, ord=ord, mask=mask),
     optax.scale_by_schedule(rho if callable(rho) else lambda _: rho),
   )
-
-
-def _steepest_in_unit_ball(
-  h: list[jax.Array], p: float
-) -> tuple[list[jax.Array], jax.Array]:
-  r"""Maximizes <h, x> over ||x||_p <= 1.
-
-  .. math::
-    x = \operatorname{sign}(h) |h|^{q - 1} / \|h\|_q^{q - 1}
-
-  Args:
-    h: Arrays of one dtype, at least float32.
-    p: The exponent, in (1, inf].
-
-  Returns:
-    The maximizer, arrays like ``h``, and a bool scalar: whether ||h|| is
-    neither zero nor infinite nor NaN. Where it is False, x is not to be used.
-  """
-  tiny = jnp.finfo(h[0].dtype).tiny
-  if p == math.inf:
-    usable = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in h]).all()
-    return [jnp.sign(leaf) for leaf in h], usable
-  if p == 2:
-    squares = sum(jnp.sum(leaf * leaf) for leaf in h)
-    usable = (squares >= tiny) & jnp.isfinite(squares)
-    # The guard stands inside the root, whose derivative at 0 is infinite. A
-    # square below `tiny` counts as zero on most devices: a thousand elements of
-    # 1e-19 beside one of 2e-19 would leave the ball if the sum did not allow
-    # for them. In a sum that matters, `size * tiny` is rounded away.
-    size = sum(leaf.size for leaf in h)
-    norm = jnp.sqrt(jnp.where(usable, squares, 1) + size * tiny)
-    return [leaf / norm for leaf in h], usable
-  # |h|^q overflows and underflows early, so the largest |h|, which cancels, is
-  # divided out first; that it cancels is why its derivative may be left out.
-  peaks = [jnp.max(jnp.abs(leaf), initial=0) for leaf in h]
-  peak = jax.lax.stop_gradient(jnp.stack(peaks).max())
-  # XLA may divide by multiplying with 1 / peak, which must not be flushed to
-  # zero. NaN fails both comparisons.
-  usable = (peak >= tiny) & (peak <= 1 / tiny)
-  safe_peak = jnp.where(usable, peak, 1)
-  q = p / (p - 1)
-  magnitudes = [jnp.abs(leaf) / safe_peak for leaf in h]
-  total = sum(jnp.sum(_power(leaf, q)) for leaf in magnitudes)
-  inverse = jnp.where(usable, total, 1) ** (-1 / p)  # (q - 1) / q = 1 / p
-  return [
-    jnp.sign(leaf) * _power(magnitude, q - 1) * inverse
-    for leaf, magnitude in zip(h, magnitudes, strict=True)
-  ], usable
-
-
-def _power(x: jax.Array, exponent: float) -> jax.Array:
-  """``x ** exponent`` for x >= 0, with a zero derivative at zero."""
-  positive = x > 0
-  return jnp.where(positive, jnp.where(positive, x, 1) ** exponent, 0)
 
 
 def _multiply(t: Any, x: jax.Array) -> jax.Array:

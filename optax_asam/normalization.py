@@ -232,8 +232,7 @@ FACTORIES = (identity, elementwise, filterwise, layerwise)
 def _masked(operator, eta, mask) -> Normalization:
   """``operator(w) + eta`` at the leaves that ``mask`` selects, 1 elsewhere."""
   _checks.check_scale('eta', eta, '0.01')
-  if mask is not None and not _trees.is_function(mask):
-    _trees.check_selects_something(mask)
+  _trees.check_selects_something(mask)
 
   def leaf(selected, w):
     if not selected:

@@ -139,7 +139,7 @@ def sharpness_aware(
   def update_fn(
     updates, state, params=None, *, grad_fn=None, value_fn=None, **extra_args
   ):
-    _trees.check_update(updates, params)
+    params = _trees.checked_params(params, updates)
     value_and_grad_fn = _functions.as_value_and_grad_fn(grad_fn, value_fn)
 
     def ascend(grads):

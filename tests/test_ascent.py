@@ -198,6 +198,17 @@ def test_never_out_of_the_ball(p):
   assert (norms[inner] >= 1 - 1e-5).all()
 
 
+@pytest.mark.parametrize('p', ORDS)
+def test_empty_leaves(p):
+  """Arrays of size zero, and a tree without leaves."""
+  tx = ascent.steepest_ascent(normalization.filterwise(), ord=p)
+  params = {'a': jnp.ones((2, 0, 3)), 'w': jnp.array([3.0]), 'c': None}
+  eps = perturb(tx, params, params)
+  assert eps['a'].shape == (2, 0, 3)
+  np.testing.assert_allclose(eps['w'], [3.01], rtol=1e-6)
+  assert perturb(tx, {}, {}) == {}
+
+
 def test_zero_operator():
   """Where T = 0 (a zero weight, eta = 0), eps = 0 and the rest is kept."""
   params = jnp.array([0.0, 2.0])
