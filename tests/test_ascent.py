@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
 from scipy import optimize
-from support import assert_same_bits
-from support import error
 
 from optax_asam import ascent
 from optax_asam import normalization
+import reference
+from support import assert_same_bits
+from support import error
 
 ORDS = [2, jnp.inf, 3, 1.5]
 NORMALIZATIONS = {

@@ -1,7 +1,6 @@
 """The demo program: what it writes and prints, and what it refuses."""
 
 from concurrent import futures
-import importlib
 import json
 import os
 from pathlib import Path
@@ -16,13 +15,17 @@ import numpy as np
 import pytest
 import scipy.stats
 
-EXAMPLES = Path(__file__).parents[1] / 'examples'
-sys.path.insert(0, str(EXAMPLES))
+import arguments
+import data
+import evaluation
+import models
+import reporting
+import search
 
-arguments, data, evaluation, models, reporting, search = map(
-  importlib.import_module,
-  ('arguments', 'data', 'evaluation', 'models', 'reporting', 'search'),
-)
+EXAMPLES = Path(__file__).parents[1] / 'examples'
+
+# One worker runs them all: the programs that they share run once.
+pytestmark = pytest.mark.xdist_group('examples')
 
 # Two candidates by two seeds of the search are as many runs as four seeds at
 # the end, so that some programs are compiled but once.
@@ -233,7 +236,7 @@ def test_refused(monkeypatch, capsys):
     (['--rho-asam=inf'], ['--rho-asam', "'inf'", '0.5,1,2']),
     (['--rho-asam=1,1.0'], ['--rho-asam', "'1,1.0'", '0.5,1,2']),
     (['--rho-sam=0.1,0.3'], ['--rho-asam', '2', '5', '--rho-asam 1,3']),
-    (['--epoch=3'], ['unrecognized arguments', '--epoch=3']),
+    (['--epoch=3'], ['unrecognized arguments', '--epoch=3', 'Write --help']),
   ],
 )
 def test_bad_arguments(args, words, capsys, tmp_path):

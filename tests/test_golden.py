@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import error
 
 import optax_asam
+from support import error
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 FILES = {

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
-from support import error
 
 from optax_asam import normalization
+import reference
+from support import error
 
 CASES = {
   'elementwise': (normalization.elementwise(0.1), reference.elementwise(0.1)),

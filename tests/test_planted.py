@@ -4,11 +4,6 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from support import error
-import test_ascent
-import test_golden
-import test_parity
-import test_transform
 
 from optax_asam import _ball
 from optax_asam import _trees
@@ -16,6 +11,11 @@ from optax_asam import alias
 from optax_asam import ascent
 from optax_asam import normalization
 from optax_asam import transform
+from support import error
+import test_ascent
+import test_golden
+import test_parity
+import test_transform
 
 
 def tree_norm(tree):

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
-from support import assert_same_bits
-from support import error
 
 from optax_asam import SharpnessAwareState
 from optax_asam import asam
 from optax_asam import ascent
 from optax_asam import normalization
 from optax_asam import sharpness_aware
+import reference
+from support import assert_same_bits
+from support import error
 
 CURVATURE = {'kernel': 0.7, 'bias': 1.3}
 NAMES = set(CURVATURE)

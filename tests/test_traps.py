@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import assert_same_bits
-from support import error
 
 import optax_asam
 from optax_asam import asam
 from optax_asam import normalization
+from support import assert_same_bits
+from support import error
 
 # The snippet to copy from the docs.
 STATIC_ARGS = (

@@ -19,6 +19,7 @@ import nnx_step
 import numpy as np
 import optax
 import pytest
+
 from support import error
 
 HERE = pathlib.Path(__file__).parent

@@ -1,0 +1,269 @@
+"""What a comparison reports: statistics, tables, a file and a figure."""
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+import contextlib
+import json
+import math
+import os
+from pathlib import Path
+import platform
+import shlex
+import subprocess
+from typing import Any
+
+import flax
+import jax
+from matplotlib import ticker
+from matplotlib.figure import Figure
+import numpy as np
+import optax
+from rich import box
+from rich.console import Console
+from rich.table import Table
+import scipy.stats
+
+import optax_asam
+from search import Search
+
+# Dark enough on white, and told apart by the colour-blind (Okabe and Ito).
+COLORS = {'SGD': '#555555', 'SAM': '#0072b2', 'ASAM': '#d55e00'}
+
+
+def t_interval(values: Any) -> tuple[np.ndarray, np.ndarray]:
+  """Mean and half its 95 % t-interval over the last axis, the seeds.
+
+  The half-width is NaN for a single seed.
+  """
+  values = np.asarray(values, np.float64)
+  n = values.shape[-1]
+  mean = values.mean(axis=-1)
+  if n == 1:
+    return mean, np.full_like(mean, np.nan)
+  quantile = scipy.stats.t.ppf(0.975, n - 1)
+  return mean, quantile * values.std(axis=-1, ddof=1) / math.sqrt(n)
+
+
+def summarize(per_seed: Any) -> dict[str, Any]:
+  """What results.json holds of a quantity that every seed has."""
+  mean, half_width = t_interval(per_seed)
+  return {
+    'per_seed': np.asarray(per_seed),
+    'mean': mean,
+    'interval_95': [mean - half_width, mean + half_width],
+  }
+
+
+def provenance(argv: Sequence[str]) -> dict[str, Any]:
+  """What ran, and on what."""
+  return {
+    'command': shlex.join(['python', 'examples/train.py', *argv]),
+    'commit': git_commit(),
+    'versions': {
+      'python': platform.python_version(),
+      **{
+        module.__name__: module.__version__
+        for module in (jax, flax, optax, optax_asam)
+      },
+    },
+    'device': jax.devices()[0].device_kind,
+  }
+
+
+def git_commit() -> str | None:
+  """The commit that ran, ``-dirty`` with changes since; None without git."""
+  command = ['git', 'describe', '--always', '--dirty', '--exclude=*']
+  try:
+    return subprocess.run(
+      [*command, '--abbrev=40'],
+      cwd=Path(__file__).parent,
+      capture_output=True,
+      check=True,
+      text=True,
+    ).stdout.strip()
+  except (OSError, subprocess.CalledProcessError):
+    return None
+
+
+def describe_searches(searches: Mapping[str, Search]) -> dict[str, Any]:
+  """What results.json holds of the choice of rho, for each optimizer."""
+  return {
+    name: {
+      'rho': search.rho,
+      'at_edge': search.at_edge,
+      'seeds': list(search.seeds),
+      'candidates': [
+        {'rho': rho, 'held_out_accuracy': summarize(scores)}
+        for rho, scores in zip(search.candidates, search.scores, strict=True)
+      ],
+    }
+    for name, search in searches.items()
+  }
+
+
+def print_searches(console: Console, searches: Mapping[str, Search]) -> None:
+  """Prints every candidate with its score, and which were chosen."""
+  seeds = next(iter(searches.values())).seeds
+  table = make_table()
+  columns = []
+  for name, search in searches.items():
+    table.add_column(f'{name}\nrho', justify='right')
+    table.add_column('held-out\naccuracy %', justify='right')
+    columns += [
+      [f'{rho:g}' for rho in search.candidates],
+      [
+        f'{100 * score:.1f}{"*" if i == search.best else " "}'
+        for i, score in enumerate(search.scores.mean(axis=1))
+      ],
+    ]
+  for row in zip(*columns, strict=True):
+    table.add_row(*row)
+  console.print('\nChoice of rho')
+  console.print(table)
+  console.print(
+    f'* chosen. Last epoch, mean of the seeds {", ".join(map(str, seeds))};'
+    f' held-out labels are as noisy as those for training.'
+  )
+  for name, search in searches.items():
+    if search.at_edge:
+      console.print(
+        f'{name}: rho = {search.rho:g} is at the edge of its candidates; one'
+        f' beyond them may be better.'
+      )
+
+
+def print_results(console: Console, results: Mapping[str, Any]) -> None:
+  """Prints the table of final results."""
+  config = results['config']
+  balls = config['sharpness_rho']
+  table = make_table()
+  for header in (
+    'optimizer',
+    'rho',
+    'test\naccuracy %',
+    'train\nloss',
+    f'sharpness\nSAM ball\nrho {balls["sam_ball"]:g}',
+    f'sharpness\nASAM ball\nrho {balls["asam_ball"]:g}',
+    'ms per\nstep',
+    'time\n/ SGD',
+  ):
+    table.add_column(header, justify='right')
+  for name, result in results['optimizers'].items():
+    table.add_row(
+      name,
+      f'{result["rho"]:g}',
+      format_accuracy(result['test_accuracy']['per_seed']),
+      f'{result["train_loss"]["mean"]:.3f}',
+      f'{result["sharpness_sam_ball"]["mean"]:.5f}',
+      f'{result["sharpness_asam_ball"]["mean"]:.5f}',
+      f'{result["ms_per_step"]:.2f}',
+      f'{result["time_ratio_to_sgd"]:.2f}',
+    )
+  console.print(f'\n{describe(config)}')
+  console.print(table)
+  console.print(
+    f'Last epoch, mean of {len(config["seeds"])} seed(s), ± half of its 95 %'
+    f' t-interval. Loss and sharpness are those of the noisy training set:'
+    f' L(w + eps) - L(w), eps one steepest step to the surface of the same ball'
+    f' for all. A step is that of all seeds together.'
+  )
+
+
+def format_accuracy(per_seed: Any) -> str:
+  """Mean and half an interval in percent; the mean alone for a single seed."""
+  mean, half_width = t_interval(per_seed)
+  if np.isnan(half_width):
+    return f'{100 * mean:.2f}'
+  return f'{100 * mean:.2f} ± {100 * half_width:.2f}'
+
+
+def make_table() -> Table:
+  """A table whose eight columns find room in a terminal of 80."""
+  return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
+def describe(config: Mapping[str, Any]) -> str:
+  """What the results are about."""
+  noise = f'{100 * config["label_noise"]:g} %'
+  return f'{config["model"]} on {config["dataset"]}, {noise} of labels wrong'
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+  """A file beside ``path`` that takes its place once it is complete."""
+  partial = path.with_name(f'.partial-{path.name}')
+  try:
+    yield partial
+    os.replace(partial, path)
+  finally:
+    partial.unlink(missing_ok=True)
+
+
+def to_json(value: Any) -> Any:
+  """``value`` in the types of JSON; NaN and infinity, which it lacks, as null.
+
+  They come from a training that diverged or from an interval of a single seed.
+  """
+  if isinstance(value, Mapping):
+    return {key: to_json(item) for key, item in value.items()}
+  if isinstance(value, np.ndarray | np.generic):
+    return to_json(value.tolist())
+  if isinstance(value, list):
+    return [to_json(item) for item in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
+
+
+def write_json(path: Path, results: Mapping[str, Any]) -> None:
+  """Writes ``results``, all of them or nothing."""
+  text = json.dumps(to_json(results), indent=2, allow_nan=False)
+  with replacing(path) as partial:
+    partial.write_text(text + '\n')
+
+
+def write_figure(path: Path, results: Mapping[str, Any]) -> None:
+  """Draws training loss and held-out accuracy over the epochs."""
+  config = results['config']
+  figure = Figure(figsize=(8, 3.6), dpi=150, layout='constrained')
+  loss_axes, accuracy_axes = figure.subplots(1, 2)
+  epochs = np.arange(1, config['epochs'] + 1)
+  for name, result in results['optimizers'].items():
+    for axes, quantity in (
+      (loss_axes, 'train_loss'),
+      (accuracy_axes, 'held_out_accuracy'),
+    ):
+      mean, half_width = t_interval(result['curves'][quantity])
+      label = f'{name}, rho = {result["rho"]:g}' if result['rho'] else name
+      axes.plot(epochs, mean, color=COLORS[name], label=label)
+      axes.fill_between(
+        epochs,
+        mean - half_width,
+        mean + half_width,
+        color=COLORS[name],
+        alpha=0.2,
+        linewidth=0,
+      )
+  loss_axes.set(ylabel='Training loss (cross-entropy, nats)', ylim=(0, None))
+  accuracy_axes.set(ylabel='Held-out accuracy (%, noisy labels)')
+  accuracy_axes.yaxis.set_major_formatter(
+    ticker.PercentFormatter(xmax=1, symbol='')
+  )
+  accuracy_axes.axhline(
+    1 - config['label_noise'],
+    color='black',
+    linestyle=':',
+    label='always the true class',
+  )
+  for axes in (loss_axes, accuracy_axes):
+    axes.set(xlabel='Epoch', xlim=(0, config['epochs']))
+    axes.grid(alpha=0.3)
+    axes.spines[['top', 'right']].set_visible(False)
+  accuracy_axes.legend()
+  num_seeds = len(config['seeds'])
+  figure.suptitle(
+    f'{describe(config)}: mean and 95 % interval of {num_seeds} seed(s)'
+  )
+  with replacing(path) as partial:
+    figure.savefig(partial)
