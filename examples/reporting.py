@@ -163,7 +163,7 @@ def print_results(console: Console, results: Mapping[str, Any]) -> None:
   console.print(f'\n{describe(config)}')
   console.print(table)
   console.print(
-    f'Last epoch, mean of {len(config["seeds"])} seed(s), ± half of its 95 %'
+    f'Last epoch, mean of {count_seeds(config)}, ± half of its 95 %'
     f' t-interval. Loss and sharpness are those of the noisy training set:'
     f' L(w + eps) - L(w), eps one steepest step to the surface of the same ball'
     f' for all. A step is that of all seeds together.'
@@ -181,6 +181,12 @@ def format_accuracy(per_seed: Any) -> str:
 def make_table() -> Table:
   """A table whose eight columns find room in a terminal of 80."""
   return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
+def count_seeds(config: Mapping[str, Any]) -> str:
+  """The number of seeds, in words."""
+  n = len(config['seeds'])
+  return '1 seed' if n == 1 else f'{n} seeds'
 
 
 def describe(config: Mapping[str, Any]) -> str:
@@ -261,9 +267,8 @@ def write_figure(path: Path, results: Mapping[str, Any]) -> None:
     axes.grid(alpha=0.3)
     axes.spines[['top', 'right']].set_visible(False)
   accuracy_axes.legend()
-  num_seeds = len(config['seeds'])
   figure.suptitle(
-    f'{describe(config)}: mean and 95 % interval of {num_seeds} seed(s)'
+    f'{describe(config)}: mean and 95 % interval of {count_seeds(config)}'
   )
   with replacing(path) as partial:
     figure.savefig(partial)

@@ -14,6 +14,7 @@ from optax_asam import ascent
 from optax_asam import normalization
 from optax_asam import sam
 from support import assert_same_bits
+from support import error
 
 
 def mlp(params, x):
@@ -128,6 +129,27 @@ def test_contrib_sam(base, adaptive):
     extra=asam_extra,
   )
   assert_same_bits(ours, theirs)
+
+
+def test_contrib_sam_as_documented_there():
+  """With its own normalize(), to rounding: that sums in another order."""
+  loss_fn, params, batches = make_problem(mlp)
+  contrib = optax.contrib.sam(
+    optax.sgd(0.1),
+    optax.chain(optax.contrib.normalize(), optax.sgd(0.3)),
+    opaque_mode=True,
+  )
+  theirs = train(
+    contrib,
+    loss_fn,
+    params,
+    batches,
+    steps=5,
+    extra=lambda grad_fn: {'grad_fn': lambda params, _: grad_fn(params)},
+  )
+  tx = sam(optax.sgd(0.1), 0.3)
+  ours = train(tx, loss_fn, params, batches, steps=5, extra=asam_extra)
+  assert error(ours, theirs) < 1e-5
 
 
 @pytest.mark.parametrize('base', BASES)
