@@ -11,7 +11,7 @@ test: .venv/test/.installed
 	.venv/test/bin/ruff check
 	.venv/test/bin/ruff format --check
 	.venv/test/bin/basedpyright --pythonpath .venv/test/bin/python
-	.venv/test/bin/python -m pytest -n 2 --dist loadgroup
+	.venv/test/bin/python -m pytest -n 2 --dist loadfile
 
 # The site, in docs/_build; warnings are errors.
 docs: .venv/docs/.installed

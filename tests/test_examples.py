@@ -24,9 +24,6 @@ import search
 
 EXAMPLES = Path(__file__).parents[1] / 'examples'
 
-# One worker runs them all: the programs that they share run once.
-pytestmark = pytest.mark.xdist_group('examples')
-
 # Two candidates by two seeds of the search are as many runs as four seeds at
 # the end, so that some programs are compiled but once.
 SEARCHED = ['--epochs=2', '--seeds=4', '--rho-sam=0.05,0.1', '--rho-asam=0.5,1']

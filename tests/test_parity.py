@@ -193,7 +193,7 @@ def test_sam_is_asam_without_normalization():
     'ascent_steps': 2,
     'every_k': 2,
     'descent': lambda g, h: jax.tree.map(lambda a, b: (a + b) / 2, g, h),
-    'perturbed_dtype': jnp.bfloat16,
+    'perturbed_dtype': jnp.float16,
   }
 
   def run(tx):
