@@ -152,8 +152,9 @@ def test_contrib_sam_as_documented_there():
   assert error(ours, theirs) < 1e-5
 
 
-@pytest.mark.parametrize('base', BASES)
-@pytest.mark.parametrize('model', SHAPES)
+@pytest.mark.parametrize(
+  ('model', 'base'), [(mlp, 'sgd'), (mlp, 'adamw'), (convnet, 'sgd')]
+)
 def test_rho_zero_is_the_base(model, base):
   """Rho = 0, by the transformation and by value_and_grad, over 50 steps."""
   loss_fn, params, batches = make_problem(model)

@@ -237,15 +237,21 @@ def test_line_search_needs_value_fn(params, x, base):
   """With value_fn it lowers the clean loss; grad_fn it rejects."""
   value_fn = lambda params: loss_fn(params, x[0])
   tx = asam(base(), rho=0.05)
-  state = tx.init(params)
-  first = value_fn(params)
-  for _ in range(5):
+
+  @jax.jit
+  def step(params, state):
     value, grads = jax.value_and_grad(value_fn)(params)
     updates, state = tx.update(
       grads, state, params, value=value, grad=grads, value_fn=value_fn
     )
-    params = optax.apply_updates(params, updates)
+    return optax.apply_updates(params, updates), state
+
+  state = tx.init(params)
+  first = value_fn(params)
+  for _ in range(5):
+    params, state = step(params, state)
   assert value_fn(params) < 0.9 * first
+  value, grads = jax.value_and_grad(value_fn)(params)
   with pytest.raises(TypeError):
     tx.update(
       grads, state, params, value=value, grad=grads, grad_fn=jax.grad(value_fn)
