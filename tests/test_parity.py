@@ -97,6 +97,11 @@ def asam_extra(grad_fn):
   return {'grad_fn': grad_fn}
 
 
+def contrib_extra(grad_fn):
+  """What optax.contrib.sam is given."""
+  return {'grad_fn': lambda params, _: grad_fn(params)}
+
+
 BASES = {
   'sgd': lambda: optax.sgd(0.1, momentum=0.9),
   'adamw': lambda: optax.adamw(1e-2),
@@ -119,7 +124,7 @@ def test_contrib_sam(base, adaptive):
     loss_fn,
     params,
     batches,
-    extra=lambda grad_fn: {'grad_fn': lambda params, _: grad_fn(params)},
+    extra=contrib_extra,
   )
   ours = train(
     asam(BASES[base](), 0.3, adaptive=adaptive),
@@ -145,7 +150,7 @@ def test_contrib_sam_as_documented_there():
     params,
     batches,
     steps=5,
-    extra=lambda grad_fn: {'grad_fn': lambda params, _: grad_fn(params)},
+    extra=contrib_extra,
   )
   tx = sam(optax.sgd(0.1), 0.3)
   ours = train(tx, loss_fn, params, batches, steps=5, extra=asam_extra)

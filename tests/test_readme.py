@@ -68,7 +68,7 @@ def test_diff(params):
 
 
 @pytest.mark.skipif(
-  not hasattr(nnx, 'as_pure'), reason='the sample is for Flax 0.12'
+  not hasattr(nnx, 'as_pure'), reason='the sample is for Flax 0.12.7'
 )
 def test_nnx():
   """The sample for NNX makes one update."""

@@ -26,16 +26,16 @@ HERE = pathlib.Path(__file__).parent
 RHO, ETA, LEARNING_RATE, MOMENTUM, DROPOUT_RATE = 0.5, 0.01, 0.1, 0.9, 0.5
 BIASES = frozenset({'conv_bias', 'shift', 'dense_bias'})
 
-# Flax 0.12 is the first with nnx.as_pure.
-needs_flax_0_12 = pytest.mark.skipif(
-  not hasattr(nnx, 'as_pure'), reason='the NNX snippet is for Flax 0.12'
+# Flax 0.12.7 is the first with nnx.as_pure.
+needs_as_pure = pytest.mark.skipif(
+  not hasattr(nnx, 'as_pure'), reason='the NNX snippet is for Flax 0.12.7'
 )
 
 
 @pytest.fixture(
   scope='module',  # So that pytest groups the tests of one program.
   params=[
-    pytest.param(name, marks=needs_flax_0_12 if name == 'nnx' else ())
+    pytest.param(name, marks=needs_as_pure if name == 'nnx' else ())
     for name in PROGRAMS
   ],
 )
@@ -185,7 +185,7 @@ def test_losses_show_every_bias(x64, bias):
   assert np.max(np.abs(losses / expected_losses - 1)) > 1e-6
 
 
-@needs_flax_0_12
+@needs_as_pure
 @pytest.mark.parametrize('name', ['linen', 'nnx'])
 def test_perturbed_value(x64, name):
   """With ``value_fn``, the loss of the second pass is in the state."""
@@ -242,7 +242,7 @@ def update_nnx(state, images, labels):
   return optimizer.opt_state[0].perturbed_value[...]
 
 
-@needs_flax_0_12
+@needs_as_pure
 def test_nnx_under_every_k(x64):
   """The step that ``every_k`` skips is one of plain SGD, statistics too."""
   p = PROGRAMS['nnx'](RHO, DROPOUT_RATE, every_k=2)

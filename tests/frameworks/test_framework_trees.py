@@ -107,12 +107,14 @@ def nnx_params():
 def nnx_arrays():
   """The tree that nnx.Optimizer hands on: a State of arrays."""
   if not hasattr(nnx, 'as_pure'):
-    pytest.skip('Flax 0.12 is the first with as_pure')
+    pytest.skip('Flax 0.12.7 is the first with as_pure')
   return nnx.as_pure(nnx_params())
 
 
 def nnx_dict():
   """The same in dicts."""
+  if not hasattr(nnx, 'to_pure_dict'):
+    pytest.skip('Flax 0.10.4 is the first with to_pure_dict')
   return nnx.to_pure_dict(nnx_params())
 
 
