@@ -27,14 +27,16 @@ def steepest(h: list[jax.Array], p: float) -> tuple[list[jax.Array], jax.Array]:
     usable = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in h]).all()
     return [jnp.sign(leaf) for leaf in h], usable
   if p == 2:
-    squares = sum(jnp.sum(leaf * leaf) for leaf in h)
+    # A square below `tiny` is flushed to zero on most devices: beside one
+    # element of 2e-19, a thousand of 1e-19 would leave the ball. So it counts
+    # as `tiny`, which is more than it is.
+    squares = sum(
+      jnp.sum(jnp.where(leaf == 0, 0, jnp.maximum(leaf * leaf, tiny)))
+      for leaf in h
+    )
     usable = (squares >= tiny) & jnp.isfinite(squares)
-    # The guard stands inside the root, whose derivative at 0 is infinite. A
-    # square below `tiny` counts as zero on most devices: a thousand elements of
-    # 1e-19 beside one of 2e-19 would leave the ball if the sum did not allow
-    # for them. In a sum that matters, `size * tiny` is rounded away.
-    size = sum(leaf.size for leaf in h)
-    norm = jnp.sqrt(jnp.where(usable, squares, 1) + size * tiny)
+    # The guard stands inside the root, whose derivative at 0 is infinite.
+    norm = jnp.sqrt(jnp.where(usable, squares, 1))
     return [leaf / norm for leaf in h], usable
   # |h|^q overflows and underflows early, so the largest |h|, which cancels, is
   # divided out first; that it cancels is why its derivative may be left out.

@@ -35,15 +35,21 @@ def check_static(name: str, value: Any) -> None:
     raise TypeError(
       f'{name} must be known before tracing, but got the array {value}.'
       f' Under optax.inject_hyperparams, name it in static_args:'
-      f' optax.inject_hyperparams(asam, {_STATIC_ARGS}).'
+      f' optax.inject_hyperparams(asam, {_STATIC_ARGS});'
+      f" for sam without 'adaptive'."
     )
 
 
 def check_scale(name: str, value: Any, example: str) -> None:
   """Raises unless ``value`` is a scalar, finite and >= 0 where that shows."""
   write = f'Write for example {name}={example}.'
+  if isinstance(value, np.ndarray) and not value.ndim:
+    value = value.item()
   if is_array(value):
-    if value.ndim or not jnp.issubdtype(value.dtype, jnp.number):
+    real = jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(
+      value.dtype, jnp.integer
+    )
+    if value.ndim or not real:
       raise TypeError(
         f'{name} must be one real number, but got an array of shape'
         f' {value.shape} and dtype {value.dtype}. {write}'

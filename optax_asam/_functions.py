@@ -37,7 +37,7 @@ def as_value_and_grad_fn(
   def checked_grad_fn(params):
     grads = function(params)
     write = 'Write for example grad_fn=jax.grad(loss_fn).'
-    if isinstance(grads, tuple):
+    if isinstance(grads, tuple) and type(grads) is not type(params):
       write = (
         'A function made with has_aux=True or by value_and_grad returns a'
         ' tuple: write grad_fn=lambda p: jax.grad(loss_fn, has_aux=True)(p)[0].'
@@ -49,9 +49,9 @@ def as_value_and_grad_fn(
 
   def checked_value_fn(params):
     value = function(params)
-    if not jax.tree_util.all_leaves([value]) or jnp.shape(value):
+    if not _trees.is_float_array(value) or jnp.shape(value):
       raise TypeError(
-        f'value_fn must return a scalar, but returned'
+        f'value_fn must return a real scalar, but returned'
         f' {_trees.describe(value)}. Write for example'
         f' value_fn=lambda p: loss_fn(p).mean(), or loss_fn(p)[0] where it'
         f' returns auxiliary data, too.'

@@ -46,21 +46,28 @@ def check_params(params: optax.Params) -> None:
         f' asam(optax.partition(...), mask=trainable) or'
         f' asam(optax.masked(...)).'
       )
-    try:
-      dtype = jnp.result_type(leaf)
-    except TypeError as error:
+    if is_float_array(leaf):
+      continue
+    if not hasattr(leaf, 'dtype'):
       raise TypeError(
         f'{name} must be a floating array, but got {leaf!r}. Pass the arrays'
         f' alone, as equinox.filter(model, equinox.is_inexact_array) or'
         f' nnx.split(model, nnx.Param, ...) give them.'
-      ) from error
-    if not jnp.issubdtype(dtype, jnp.floating):
-      raise TypeError(
-        f'{name} must be a floating array, but got dtype {dtype}. Split the'
-        f' parameters that are trained by gradients from the others, and a'
-        f' complex one into real and imaginary part'
-        f' (optax.contrib.split_real_and_imaginary).'
       )
+    raise TypeError(
+      f'{name} must be a floating array, but got dtype {leaf.dtype}. Split the'
+      f' parameters that are trained by gradients from the others, and a'
+      f' complex one into real and imaginary part'
+      f' (optax.contrib.split_real_and_imaginary).'
+    )
+
+
+def is_float_array(value: Any) -> bool:
+  """Whether ``value`` is a floating array or a Python float."""
+  dtype = getattr(value, 'dtype', type(value))
+  return dtype is float or (
+    dtype is not type(value) and jnp.issubdtype(dtype, jnp.floating)
+  )
 
 
 def checked_params(
@@ -138,9 +145,10 @@ def describe(tree: PyTree) -> str:
   """What ``tree`` is, in the words of an error message."""
   if isinstance(tree, tuple):
     return f'a tuple of length {len(tree)}'
-  if jax.tree_util.all_leaves([tree]):
-    return f'an array of shape {jnp.shape(tree)}'
-  return f'a {type(tree).__name__}'
+  if _checks.is_array(tree):
+    return f'an array of shape {tree.shape} and dtype {tree.dtype}'
+  name = type(tree).__name__
+  return f'an {name}' if name[0] in 'aeiou' else f'a {name}'
 
 
 def check_operator(t: PyTree, params: optax.Params) -> None:
@@ -154,6 +162,12 @@ def check_operator(t: PyTree, params: optax.Params) -> None:
   for (path, w), leaf in zip(
     jax.tree.leaves_with_path(params), jax.tree.leaves(t), strict=True
   ):
+    is_one = isinstance(leaf, int) and leaf == 1 and leaf is not True
+    if not (is_one or is_float_array(leaf)):
+      raise TypeError(
+        f'normalization must return floating arrays or the number 1, but at'
+        f' {path_name(path)} returned {leaf!r}. {write}'
+      )
     try:
       chex.assert_is_broadcastable(jnp.shape(leaf), jnp.shape(w))
     except AssertionError as error:
@@ -183,12 +197,15 @@ def resolve_mask(mask: Mask | None, params: optax.Params) -> PyTree:
     return jax.tree.map(lambda _: True, params)
   prefix = mask(params) if is_function(mask) else mask
   for path, leaf in jax.tree.leaves_with_path(prefix):
-    _checks.check_static('mask', leaf)
     if not isinstance(leaf, (bool, np.bool_)):
+      got, hint = repr(leaf), ''
+      if _checks.is_array(leaf):
+        got = describe(leaf)
+        hint = ' Under optax.inject_hyperparams, name mask in static_args.'
       raise TypeError(
         f'mask must be a pytree of Python bools, but at'
-        f' mask{jax.tree_util.keystr(path)} got {leaf!r}. Write for example'
-        f' mask=jax.tree.map(lambda x: x.ndim > 1, params).'
+        f' mask{jax.tree_util.keystr(path)} got {got}. Write for example'
+        f' mask=jax.tree.map(lambda x: x.ndim > 1, params).{hint}'
       )
   try:
     return jax.tree.map(

@@ -69,8 +69,9 @@ def steepest_ascent(
     2021, equation 2.
 
   .. note::
-    For p = 2 one float32 reduction serves norms of 1e-18 to 1e18; below, the
-    perturbation is zero. ``optax.masked`` around this would hand the raw
+    For p = 2 one float32 reduction serves elements of :math:`T_w g` from 1e-18
+    to 1e18; smaller ones move less than they should, and where the norm is
+    larger nothing does. ``optax.masked`` around this would hand the raw
     gradient on as a perturbation: use ``mask``.
   """
   _check_normalization('normalization', normalization)

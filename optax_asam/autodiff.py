@@ -104,7 +104,14 @@ def value_and_grad(
       grads = jax.grad(fun, argnums, has_aux)(*perturbed_args, **kwargs)
       return grads[0] if has_aux else grads
 
-    params = _select(args, argnums)
+    try:
+      params = _select(args, argnums)
+    except IndexError as error:
+      raise TypeError(
+        f'argnums must number positional arguments, but got {argnums!r} for'
+        f' {len(args)} of them. Pass what is differentiated by position, or'
+        f' write for example argnums=0.'
+      ) from error
     state = tx.init(params)
     out, grads = jax.value_and_grad(fun, argnums, has_aux)(*args, **kwargs)
     grads, _ = tx.update(grads, state, params, grad_fn=grad_fn)
@@ -191,7 +198,7 @@ def grad(
 
 def _select(args: tuple[Any, ...], argnums: int | Sequence[int]) -> Any:
   """The arguments that are differentiated, as :func:`jax.grad` returns them."""
-  if isinstance(argnums, int):
+  if isinstance(argnums, _checks.Integer):
     return args[argnums]
   return tuple(args[i] for i in argnums)
 
@@ -201,7 +208,7 @@ def _replace(
 ) -> list[Any]:
   """``args`` with ``params`` in place of what :func:`_select` returns."""
   replaced = list(args)
-  if isinstance(argnums, int):
+  if isinstance(argnums, _checks.Integer):
     replaced[argnums] = params
   else:
     for i, argument in zip(argnums, params, strict=True):

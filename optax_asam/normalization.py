@@ -61,6 +61,8 @@ def _last_name(path: Any) -> str:
   """The last name on a key path that is not a wrapper, or ''."""
   for entry in reversed(path):
     name = getattr(entry, 'name', getattr(entry, 'key', None))
+    if isinstance(name, tuple) and name:  # flax.traverse_util.flatten_dict
+      name = name[-1]
     if isinstance(name, str) and name not in _WRAPPERS:
       return re.split('[./]', name)[-1]
   return ''

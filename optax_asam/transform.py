@@ -63,7 +63,9 @@ def sharpness_aware(
     axis_name: Name of the mapped axis, or names of axes, over which whatever
       leaves is averaged: the second gradient (and g, where ``descent`` takes
       it) and ``perturbed_value``. Gradients that come in per device give a
-      perturbation per device, averaged ones a shared one.
+      perturbation per device, averaged ones a shared one; with several ascent
+      steps that takes a ``pmean`` inside ``grad_fn``, too. An ascent with a
+      state that depends on gradients needs averaged ones, or replicas diverge.
     perturbed_dtype: The floating dtype in which w + eps is formed and handed to
       the gradient function. By default each parameter's own, in which bfloat16
       loses most of a small perturbation.
@@ -140,6 +142,7 @@ def sharpness_aware(
     updates, state, params=None, *, grad_fn=None, value_fn=None, **extra_args
   ):
     params = _trees.checked_params(params, updates)
+    params = jax.tree.map(jnp.asarray, params)
     value_and_grad_fn = _functions.as_value_and_grad_fn(grad_fn, value_fn)
 
     def ascend(grads):
@@ -203,4 +206,6 @@ def _descend(
 
 def _divide(step: optax.Updates, n: int) -> optax.Updates:
   """``step / n`` in at least float32: n roundings to bfloat16 would add up."""
-  return jax.tree.map(lambda e: e.astype(_trees.accumulator_dtype(e)) / n, step)
+  return jax.tree.map(
+    lambda e: jnp.asarray(e, _trees.accumulator_dtype(e)) / n, step
+  )

@@ -200,6 +200,17 @@ def test_empty_leaves(p):
   assert perturb(tx, {}, {}) == {}
 
 
+@pytest.mark.parametrize('p', ORDS)
+@pytest.mark.parametrize('scale', [1e-15, 1e-18, 1e18])
+def test_sparse_gradient(p, scale):
+  """One element of a million makes the whole norm."""
+  params = jnp.ones(10**6)
+  tx = ascent.steepest_ascent(normalization.identity(), ord=p)
+  eps = perturb(tx, params, (0 * params).at[7].set(scale))
+  np.testing.assert_allclose(eps[7], 1, rtol=1e-5)
+  assert jnp.count_nonzero(eps) == 1
+
+
 def test_zero_operator():
   """Where T = 0 (a zero weight, eta = 0), eps = 0 and the rest is kept."""
   params = jnp.array([0.0, 2.0])

@@ -41,12 +41,19 @@ def cast(tree, dtype):
 def each_scale(name):
   """Bad values of a number >= 0, with what the message says of them."""
   write = f'Write for example {name}='
-  for value in (-0.1, float('nan'), float('inf'), np.float32(-1)):
+  for value in (
+    -0.1,
+    float('nan'),
+    float('inf'),
+    np.float32(-1),
+    np.array(-1.0),
+  ):
     yield ValueError, {name: value}, [name, str(value), write]
   for value in ('0.5', None, True, 1j, [0.5]):
     yield TypeError, {name: value}, [name, repr(value), write]
   yield TypeError, {name: jnp.ones(3)}, [name, r'shape (3,)', write]
   yield TypeError, {name: jnp.array(True)}, [name, 'bool', write]
+  yield TypeError, {name: jnp.array(1j)}, [name, 'complex64', write]
 
 
 def each_count(name):
@@ -207,6 +214,9 @@ def test_custom_normalization():
     with pytest.raises(ValueError) as info:
       good_update(asam(SGD, adaptive=t))
     assert_says(info, 'normalization', 'one array or 1', *phrases)
+  with pytest.raises(TypeError) as info:
+    good_update(asam(SGD, adaptive=normalization.not_bias))
+  assert_says(info, 'normalization', 'returned False', 'one array or 1')
 
 
 def test_params():
@@ -286,6 +296,11 @@ def test_result_of_grad_fn(every_k, error, grad_fn, phrases):
     (lambda p: (loss_fn(p), 1.0), 'tuple of length 2'),
     (lambda p: p, 'a dict'),
     (lambda p: [loss_fn(p)], 'a list'),
+    (lambda p: loss_fn, 'a function'),
+    (lambda p: 'loss', 'a str'),
+    (lambda p: 1, 'an int'),
+    (lambda p: loss_fn(p) + 1j, 'complex64'),
+    (lambda p: loss_fn(p).astype(int), 'int32'),
   ],
 )
 def test_result_of_value_fn(value_fn, phrase):
@@ -293,6 +308,30 @@ def test_result_of_value_fn(value_fn, phrase):
   with pytest.raises(TypeError) as info:
     update(value_fn=value_fn)
   assert_says(info, 'value_fn', 'scalar', phrase, 'loss_fn(p)')
+
+
+def test_result_of_grad_fn_for_a_tuple():
+  """Where params are a tuple themselves, has_aux is not the reason."""
+  params = jnp.ones(2), jnp.ones(3)
+  with pytest.raises(TypeError) as info:
+    update(
+      optax.chain(sharpness_aware(ascent.rho_ball(0.5, 0.01, True))),
+      grads=params,
+      params=params,
+      grad_fn=lambda p: cast(p, jnp.float16),
+    )
+  assert_says(info, 'params[0]', 'float16', 'grad_fn=jax.grad(loss_fn)')
+  assert 'has_aux' not in str(info.value)
+
+
+def test_argnums():
+  """What is differentiated is passed by position."""
+  for kwargs in ({'argnums': 3}, {'argnums': (0, 1)}):
+    with pytest.raises(TypeError) as info:
+      optax_asam.grad(loss_fn, **kwargs)(PARAMS)
+    assert_says(info, 'argnums', repr(kwargs['argnums']), 'by position')
+  with pytest.raises(TypeError, match='by position'):
+    optax_asam.grad(loss_fn)(params=PARAMS)
 
 
 def test_grads():
@@ -329,8 +368,8 @@ def test_result_of_descent():
     (ValueError, lambda p: False, ['selects nothing', 'mask=None']),
     (TypeError, {'dense': 'yes'}, ["mask['dense']", "'yes'", 'bools']),
     (TypeError, {'dense': 1}, ["mask['dense']", '1', 'bools']),
-    (TypeError, lambda p: p, ['mask', 'array', 'static_args']),
-    (TypeError, jnp.array(True), ['mask', 'array True', 'static_args']),
+    (TypeError, lambda p: p, ['bools', 'array of shape (3,)', 'static_args']),
+    (TypeError, jnp.array(True), ['bools', 'array of shape ()', 'static_args']),
   ],
 )
 def test_mask(error, mask, phrases):

@@ -100,6 +100,7 @@ def test_not_bias():
       'raw': {'bias': {'raw_value': x}},
       'net/dense/bias': x,
       'layers.0.bias': x,
+      'flat': {('dense', 'bias'): x},
     },
     'others': {
       'biased': x,
@@ -110,6 +111,7 @@ def test_not_bias():
       'nested': {'bias': {'kernel': x}},
       'attention': {'value': x, 'query': {'kernel': x}},
       'layers.0.weight': x,
+      'flat': {('bias', 'kernel'): x},
       'numbered': {7: x},
     },
   }

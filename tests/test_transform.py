@@ -38,9 +38,20 @@ def reference_grad(params):
 
 
 def reference_run(
-  params, steps, rho, p=2, ascent_steps=1, every_k=1, descent=None
+  params,
+  steps,
+  rho,
+  p=2,
+  ascent_steps=1,
+  every_k=1,
+  descent=None,
+  operator_held=True,
 ):
-  """ASAM around SGD (lr 0.1, momentum 0.9), by hand."""
+  """ASAM around SGD (lr 0.1, momentum 0.9), by hand.
+
+  With ``operator_held=False``, T is taken anew at each ascent step, which is
+  not what the library does.
+  """
   add = lambda a, b, scale=1: {k: a[k] + scale * b[k] for k in a}
   momentum = {k: 0 * w for k, w in params.items()}
   for step in range(steps):
@@ -52,7 +63,7 @@ def reference_run(
         eps = add(
           eps,
           reference.perturbation(
-            params,
+            params if operator_held else add(params, eps),
             ascent_grads,
             reference.elementwise(0.01),
             rho(step) / ascent_steps,
@@ -264,6 +275,56 @@ def test_dtypes_in_low_precision(every_k, perturbed_dtype):
     kernel = np.float64(seen[0]['kernel'])
     expected = 1 + 1e-3 / np.sqrt(6) if perturbed_dtype else 1
     np.testing.assert_allclose(kernel, expected, rtol=2e-6)
+
+
+@pytest.mark.parametrize(
+  ('dtype', 'perturbed_dtype', 'cast', 'cosine', 'norm', 'component'),
+  [
+    (jnp.bfloat16, None, None, 0.37, 0.61, 0.23),
+    (jnp.float32, None, jnp.bfloat16, 0.46, 2.17, 0.99),
+    (jnp.bfloat16, jnp.float32, None, 1.0, 1.0, 1.0),
+  ],
+)
+def test_perturbation_in_low_precision(
+  dtype, perturbed_dtype, cast, cosine, norm, component
+):
+  """The table in the docs: a million weights, realized against exact."""
+  rng = np.random.default_rng(0)
+  w = jnp.asarray(rng.normal(0, 0.1, 10**6), dtype)
+  g = jnp.asarray(rng.normal(0, 1e-3, 10**6), dtype)
+  exact = reference.perturbation(
+    {'w': np.float64(w)},
+    {'w': np.float64(g)},
+    reference.elementwise(0.01),
+    0.5,
+    2,
+    {'w'},
+    {'w'},
+  )['w']
+  seen = []
+  tx = asam(optax.sgd(0.1), perturbed_dtype=perturbed_dtype)
+  grad_fn = lambda params: seen.append(params) or params
+  tx.update([g], tx.init([w]), [w], grad_fn=grad_fn)
+  computed, clean = optax.tree.cast((seen[0][0], w), cast)
+  eps = np.float64(computed) - np.float64(clean)
+  ratio = np.linalg.norm(eps) / np.linalg.norm(exact)
+  along = eps @ exact / np.linalg.norm(exact) ** 2
+  tolerance = 1e-3 if perturbed_dtype else 1e-2
+  np.testing.assert_allclose(
+    [along / ratio, ratio, along], [cosine, norm, component], atol=tolerance
+  )
+
+
+def test_python_floats():
+  """Leaves may be Python floats, as in other transformations."""
+  params = {'w': 1.5}
+  grad_fn = jax.grad(lambda p: p['w'] ** 2)
+  for perturbed_dtype in (None, jnp.float32):
+    tx = asam(optax.sgd(0.1), perturbed_dtype=perturbed_dtype)
+    updates, _ = tx.update(
+      grad_fn(params), tx.init(params), params, grad_fn=grad_fn
+    )
+    np.testing.assert_allclose(updates['w'], -0.2 * 2.255, rtol=1e-6)
 
 
 def test_float32_scalars_promote_nothing():
