@@ -24,8 +24,8 @@ docs: .venv/docs/.installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'Python 3.11 or newer is needed: make PYTHON=python3.12 ...' >&2; exit 1; }
 	$(PYTHON) -m venv --clear .venv/$*
-	.venv/$*/bin/python -m pip install --quiet --disable-pip-version-check \
-	  --editable '.[$(EXTRA)]'
+	.venv/$*/bin/python -m pip install --quiet --no-compile \
+	  --disable-pip-version-check --editable '.[$(EXTRA)]'
 	touch $@
 
 clean:
