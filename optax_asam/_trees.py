@@ -56,9 +56,8 @@ def check_params(params: optax.Params) -> None:
       )
     raise TypeError(
       f'{name} must be a floating array, but got dtype {leaf.dtype}. Split the'
-      f' parameters that are trained by gradients from the others, and a'
-      f' complex one into real and imaginary part'
-      f' (optax.contrib.split_real_and_imaginary).'
+      f' parameters that are trained by gradients from the others, and keep the'
+      f' real and the imaginary part of a complex one as two arrays.'
     )
 
 
