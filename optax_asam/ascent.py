@@ -162,7 +162,6 @@ def rho_ball(
   if not callable(rho):
     _checks.check_scale('rho', rho, '0.5')
   _checks.check_scale('eta', eta, '0.01')
-  _checks.check_static('adaptive', adaptive)
   if isinstance(adaptive, bool):
     normalization = (
       _normalization.elementwise(eta) if adaptive else _normalization.identity()
