@@ -74,50 +74,13 @@ def steepest_ascent(
     larger nothing does. ``optax.masked`` around this would hand the raw
     gradient on as a perturbation: use ``mask``.
   """
-  _check_normalization('normalization', normalization)
-  _checks.check_ord(ord)
-  _trees.check_selects_something(mask)
-
-  def init_fn(params):
-    _trees.check_params(params)
-    return optax.EmptyState()
+  ascent = _unrounded_ascent(normalization, ord, mask)
 
   def update_fn(updates, state, params=None):
-    params = _trees.checked_params(params, updates)
-    selected = _trees.resolve_mask(mask, params)
-    _trees.check_selects_something(selected)
-    t = normalization(params)
-    _trees.check_operator(t, params)
+    eps, state = ascent.update(updates, state, params)
+    return optax.tree.cast_like(eps, params), state
 
-    flat_selected, treedef = jax.tree.flatten(selected)
-
-    def selected_leaves(tree):
-      leaves = zip(flat_selected, treedef.flatten_up_to(tree), strict=True)
-      return [leaf for is_selected, leaf in leaves if is_selected]
-
-    flat_t = selected_leaves(t)
-    dtype = _trees.accumulator_dtype(*jax.tree.leaves(params))
-    tg = [
-      _multiply(t, jnp.asarray(g, dtype))
-      for t, g in zip(flat_t, selected_leaves(updates), strict=True)
-    ]
-    direction, usable = _ball.steepest(tg, ord)
-    perturbations = (
-      jnp.where(usable, _multiply(t, x), 0)
-      for t, x in zip(flat_t, direction, strict=True)
-    )
-    eps = jax.tree.map(
-      lambda is_selected, w: (
-        next(perturbations).astype(jnp.result_type(w))
-        if is_selected
-        else jnp.zeros_like(w)
-      ),
-      selected,
-      params,
-    )
-    return eps, state
-
-  return optax.GradientTransformation(init_fn, update_fn)
+  return optax.GradientTransformation(ascent.init, update_fn)
 
 
 def rho_ball(
@@ -170,9 +133,62 @@ def rho_ball(
     _check_normalization('adaptive', adaptive)
     normalization = adaptive
   return optax.chain(
-    steepest_ascent(normalization, ord=ord, mask=mask),
+    _unrounded_ascent(normalization, ord, mask),
     optax.scale_by_schedule(rho if callable(rho) else lambda _: rho),
+    # Last, and once: among a million weights of 1e-3 a unit perturbation has
+    # elements of 1e-6, of which float16 keeps four bits.
+    optax.stateless(optax.tree.cast_like),
   )
+
+
+def _unrounded_ascent(
+  normalization: _normalization.Normalization,
+  ord: float,
+  mask: _trees.Mask | None,
+) -> optax.GradientTransformation:
+  """:func:`steepest_ascent` with its result still in at least float32."""
+  _check_normalization('normalization', normalization)
+  _checks.check_ord(ord)
+  _trees.check_selects_something(mask)
+
+  def init_fn(params):
+    _trees.check_params(params)
+    return optax.EmptyState()
+
+  def update_fn(updates, state, params=None):
+    params = _trees.checked_params(params, updates)
+    selected = _trees.resolve_mask(mask, params)
+    _trees.check_selects_something(selected)
+    t = normalization(params)
+    _trees.check_operator(t, params)
+
+    flat_selected, treedef = jax.tree.flatten(selected)
+
+    def selected_leaves(tree):
+      leaves = zip(flat_selected, treedef.flatten_up_to(tree), strict=True)
+      return [leaf for is_selected, leaf in leaves if is_selected]
+
+    flat_t = selected_leaves(t)
+    dtype = _trees.accumulator_dtype(*jax.tree.leaves(params))
+    tg = [
+      _multiply(t, jnp.asarray(g, dtype))
+      for t, g in zip(flat_t, selected_leaves(updates), strict=True)
+    ]
+    direction, usable = _ball.steepest(tg, ord)
+    perturbations = (
+      jnp.where(usable, _multiply(t, x), 0)
+      for t, x in zip(flat_t, direction, strict=True)
+    )
+    eps = jax.tree.map(
+      lambda is_selected, w: (
+        next(perturbations) if is_selected else jnp.zeros_like(w, dtype)
+      ),
+      selected,
+      params,
+    )
+    return eps, state
+
+  return optax.GradientTransformation(init_fn, update_fn)
 
 
 def _multiply(t: Any, x: jax.Array) -> jax.Array:
