@@ -97,7 +97,7 @@ def asam(
     Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021, algorithm 1.
 
   .. note::
-    A line search or L-BFGS as ``base_tx`` needs ``value_fn``: it rejects
+    A line search or L-BFGS as ``base_tx`` needs ``value_fn`` in place of
     ``grad_fn``. It then tests the clean loss along the direction of the
     perturbed gradient.
   """
