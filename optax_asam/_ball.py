@@ -25,7 +25,10 @@ def steepest(h: list[jax.Array], p: float) -> tuple[list[jax.Array], jax.Array]:
   tiny = jnp.finfo(h[0].dtype).tiny
   if p == math.inf:
     usable = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in h]).all()
-    return [jnp.sign(leaf) for leaf in h], usable
+    # Some devices take denormal numbers for zeros; so all do here.
+    return [
+      jnp.where(jnp.abs(leaf) < tiny, 0, jnp.sign(leaf)) for leaf in h
+    ], usable
   if p == 2:
     # A square below `tiny` is flushed to zero on most devices: beside one
     # element of 2e-19, a thousand of 1e-19 would leave the ball. So it counts
