@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 PyTree = Any
 
@@ -38,3 +39,36 @@ def assert_same_bits(tree: PyTree, expected: PyTree) -> None:
     a, b = np.asarray(a), np.asarray(b)
     assert a.dtype == b.dtype
     assert a.tobytes() == b.tobytes(), f'{a} is not {b}'
+
+
+# At learning rates that lead to the targets of test_convergence.py.
+BASES = {
+  'sgd': lambda: optax.sgd(1e-3),
+  'momentum': lambda: optax.sgd(1e-3, momentum=0.9),
+  'adam': lambda: optax.adam(1e-2),
+  'adamw': lambda: optax.adamw(1e-2),
+  'lamb': lambda: optax.lamb(1e-3),
+  'lion': lambda: optax.lion(3e-3),
+  'rmsprop': lambda: optax.rmsprop(5e-3),
+  'adafactor': lambda: optax.adafactor(5e-3, min_dim_size_to_factor=2),
+  'adabelief': lambda: optax.adabelief(1e-2),
+  'sm3': lambda: optax.sm3(1.0),
+  'muon': lambda: optax.contrib.muon(1e-2),
+  'schedule_free': lambda: optax.contrib.schedule_free(optax.sgd(1e-2), 1e-2),
+  'lbfgs': optax.lbfgs,
+  'backtracking': lambda: optax.chain(
+    optax.sgd(1.0), optax.scale_by_backtracking_linesearch(20)
+  ),
+}
+LINE_SEARCHES = ('lbfgs', 'backtracking')
+
+
+def update_on(loss_fn, base, tx, state, params, **extra_args):
+  """One update of ``tx``, given what ``base``, which is inside, asks for."""
+  value, grads = jax.value_and_grad(loss_fn)(params)
+  if base in LINE_SEARCHES:
+    extra_args |= {'value': value, 'grad': grads, 'value_fn': loss_fn}
+  else:
+    extra_args |= {'grad_fn': jax.grad(loss_fn)}
+  tx = optax.with_extra_args_support(tx)
+  return tx.update(grads, state, params, **extra_args)
