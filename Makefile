@@ -1,17 +1,28 @@
 PYTHON ?= python3
+INTERPRETER = $(PYTHON)
+PYTEST = -m pytest -n 2 --dist loadfile --junitxml out/tests/$@.xml
 
-.PHONY: demo test docs clean
+.PHONY: demo test test-oldest test-newest docs clean
 
 # Train on real data: SGD, SAM and ASAM on digits with noisy labels.
 demo: .venv/demo/.installed
 	.venv/demo/bin/python examples/train.py --out out/demo
 
-# Everything that must hold: style, types, doctests, tests, notebook.
+# Everything that must hold: style, types, doctests, tests, notebook, and each
+# branch of the package taken.
 test: .venv/test/.installed
 	.venv/test/bin/ruff check
 	.venv/test/bin/ruff format --check
 	.venv/test/bin/basedpyright --pythonpath .venv/test/bin/python
-	.venv/test/bin/python -m pytest -n 2 --dist loadfile
+	.venv/test/bin/python $(PYTEST) --cov
+
+# The tests on the declared lower bounds.
+test-oldest: .venv/oldest/.installed
+	.venv/oldest/bin/python $(PYTEST)
+
+# The tests on the newest Python that runs here, and the JAX that it brings.
+test-newest: .venv/newest/.installed
+	.venv/newest/bin/python $(PYTEST)
 
 # The site, in docs/_build; warnings are errors.
 docs: .venv/docs/.installed
@@ -20,12 +31,24 @@ docs: .venv/docs/.installed
 .venv/demo/.installed: EXTRA = examples
 .venv/test/.installed: EXTRA = test
 .venv/docs/.installed: EXTRA = docs
+.venv/oldest/.installed: EXTRA = test
+.venv/oldest/.installed: CONSTRAINTS = --constraint .venv/oldest.txt
+.venv/oldest/.installed: .venv/oldest.txt
+.venv/newest/.installed: EXTRA = test
+.venv/newest/.installed: INTERPRETER = $(shell $(PYTHON) .ci/newest_python)
+
+.venv/oldest.txt: pyproject.toml .ci/lower_bounds
+	mkdir -p .venv
+	$(PYTHON) .ci/lower_bounds > $@
+
 .venv/%/.installed: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	@test -n '$(INTERPRETER)' || \
+	  { echo 'No Python newer than that of make test runs here.' >&2; exit 1; }
+	@$(INTERPRETER) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'Python 3.11 or newer is needed: make PYTHON=python3.12 ...' >&2; exit 1; }
-	$(PYTHON) -m venv --clear .venv/$*
+	$(INTERPRETER) -m venv --clear .venv/$*
 	.venv/$*/bin/python -m pip install --quiet --no-compile \
-	  --disable-pip-version-check --editable '.[$(EXTRA)]'
+	  --disable-pip-version-check $(CONSTRAINTS) --editable '.[$(EXTRA)]'
 	touch $@
 
 clean:

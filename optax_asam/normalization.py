@@ -250,6 +250,7 @@ def _masked(operator, eta, mask) -> Normalization:
 
 def _l2_norm(w: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
   """The norm over ``axis``, kept as size 1, with a zero derivative at zero."""
+  # No second reduction finds their scale: float32 below 1e-19 counts as zero.
   squares = jnp.sum(w * w, axis=axis, keepdims=True)
   nonzero = squares > 0
   # Guarded inside the root: sqrt has an infinite derivative at zero.

@@ -409,23 +409,6 @@ def test_compiled_once(params):
   assert step._cache_size() == 1
 
 
-def test_vmap_over_rhos(params):
-  """One compiled program for a search of rho."""
-  grad_fn = jax.grad(loss_fn)
-
-  def updates(rho):
-    tx = asam(optax.sgd(0.1), rho)
-    return tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)[
-      0
-    ]
-
-  rhos = jnp.array([0.0, 0.1, 0.5])
-  together = jax.vmap(updates)(rhos)
-  for i, rho in enumerate(rhos):
-    alone = updates(float(rho))
-    assert error(jax.tree.map(lambda u, i=i: u[i], together), alone) < 1e-6
-
-
 def test_normalizations_reach_the_ascent(params):
   """``adaptive`` as a normalization is the ascent with that normalization."""
   t = normalization.filterwise(0.3, mask=None)
