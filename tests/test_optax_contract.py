@@ -314,7 +314,7 @@ def test_orbax(tmp_path):
   """Restored from a checkpoint of Orbax, the next steps are the same."""
   orbax = pytest.importorskip('orbax.checkpoint')
   carries = {name: started(name)[1] for name in RUNS}
-  targets = jax.eval_shape(lambda: {name: fresh(name) for name in RUNS})
+  targets = {name: fresh(name) for name in RUNS}
   with orbax.StandardCheckpointer() as checkpointer:
     checkpointer.save(tmp_path / 'checkpoint', carries)
     checkpointer.wait_until_finished()
@@ -340,7 +340,7 @@ def test_map_params(base):
   """It maps what the base keeps for each parameter; ours it leaves alone."""
   params, add_one = make_params(), lambda x: x + 1
   base_tx = BASES[base]()
-  if KNOWN and base in UNMAPPED:
+  if base in UNMAPPED:
     for tx in (base_tx, asam(base_tx)):
       with pytest.raises(IndexError):
         optax.tree.map_params(tx, add_one, tx.init(params))
@@ -409,10 +409,11 @@ def test_extra_args_of_line_searches(base):
     step = functools.partial(update, base, tx, **extra_args)
     jax.eval_shape(step, tx.init(params), params)
 
-  for each in (BASES[base](), tx):
-    with pytest.raises(TypeError):
-      trace(each, unknown=1)
-  seen.clear()
+  if KNOWN:  # Earlier versions took them.
+    for each in (BASES[base](), tx):
+      with pytest.raises(TypeError):
+        trace(each, unknown=1)
+    seen.clear()
   trace(tx)
   assert seen.keys() == {'value', 'grad'}
 
