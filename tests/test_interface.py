@@ -1,0 +1,73 @@
+"""Promise: the public names and signatures stay as they are published."""
+
+import inspect
+import types
+
+import pytest
+
+import optax_asam
+from optax_asam import ascent
+from optax_asam import normalization
+
+SIGNATURES = {
+  optax_asam.asam: (
+    '(base_tx, rho=0.5, eta=0.01, adaptive=True, *, ord=2, mask=None,'
+    ' ascent_steps=1, every_k=1, descent=None, axis_name=None,'
+    ' perturbed_dtype=None)'
+  ),
+  optax_asam.sam: (
+    '(base_tx, rho=0.05, *, ord=2, mask=None, ascent_steps=1, every_k=1,'
+    ' descent=None, axis_name=None, perturbed_dtype=None)'
+  ),
+  optax_asam.sharpness_aware: (
+    '(ascent, descent=None, *, ascent_steps=1, every_k=1, axis_name=None,'
+    ' perturbed_dtype=None)'
+  ),
+  optax_asam.value_and_grad: (
+    '(fun, argnums=0, has_aux=False, *, rho=0.5, eta=0.01, adaptive=True,'
+    ' ord=2, mask=None, ascent_steps=1, descent=None, perturbed_dtype=None)'
+  ),
+  optax_asam.grad: (
+    '(fun, argnums=0, has_aux=False, *, rho=0.5, eta=0.01, adaptive=True,'
+    ' ord=2, mask=None, ascent_steps=1, descent=None, perturbed_dtype=None)'
+  ),
+  ascent.steepest_ascent: '(normalization, *, ord=2, mask=None)',
+  ascent.rho_ball: '(rho, eta, adaptive, *, ord=2, mask=None)',
+  normalization.identity: '()',
+  normalization.elementwise: '(eta=0.01, mask=not_bias)',
+  normalization.filterwise: '(eta=0.01, axis=-1, mask=not_bias)',
+  normalization.layerwise: '(eta=0.01, mask=not_bias)',
+  normalization.not_bias: '(params)',
+}
+
+
+@pytest.mark.parametrize(
+  'function', SIGNATURES, ids=lambda function: function.__qualname__
+)
+def test_signature(function):
+  """Names, order, kinds and defaults of the arguments."""
+  parameters = [
+    parameter.replace(annotation=inspect.Parameter.empty)
+    for parameter in inspect.signature(function).parameters.values()
+  ]
+  signature = str(inspect.Signature(parameters))
+  if parameters and callable(parameters[-1].default):
+    default = parameters[-1].default
+    signature = signature.replace(repr(default), default.__name__)
+  assert signature == SIGNATURES[function]
+
+
+def test_names():
+  """What the package exports is what is promised here, and no more."""
+  exported = {
+    name: getattr(optax_asam, name)
+    for name in optax_asam.__all__
+    if not isinstance(getattr(optax_asam, name), types.ModuleType)
+  }
+  functions = {f for f in SIGNATURES if exported.get(f.__name__) is f}
+  assert set(exported.values()) == functions | {optax_asam.SharpnessAwareState}
+  assert optax_asam.SharpnessAwareState._fields == (
+    'step',
+    'perturbed_value',
+    'ascent_state',
+  )
