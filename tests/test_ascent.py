@@ -211,6 +211,18 @@ def test_sparse_gradient(p, scale):
   assert jnp.count_nonzero(eps) == 1
 
 
+@pytest.mark.parametrize('p', ORDS)
+def test_smallest_normal_number(p):
+  """What is smaller counts as zero, and this is not."""
+  tiny = jnp.finfo(jnp.float32).tiny
+  tx = ascent.steepest_ascent(normalization.identity(), ord=p)
+  eps = perturb(tx, jnp.ones(2), jnp.array([tiny, 0]))
+  # For p = 2 the square is far below; no perturbation is too long, still.
+  expected = 0 if p == 2 else 1
+  np.testing.assert_allclose(eps, [expected, 0], atol=1e-6)
+  assert not perturb(tx, jnp.ones(2), jnp.array([tiny / 2, 0])).any()
+
+
 def test_dtypes(x64):
   """The perturbation has the dtypes of params, in a mixed tree as well."""
   dtypes = [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64]

@@ -195,11 +195,12 @@ def test_axis(axis):
   assert_says(info, 'axis', repr(axis), 'axis=-1 (Flax, Haiku)')
 
 
-def test_axis_of_a_kernel():
+@pytest.mark.parametrize('axis', [-4, 3, 4])
+def test_axis_of_a_kernel(axis):
   """And one that the kernel has."""
   with pytest.raises(ValueError) as info:
-    normalization.filterwise(axis=3)({'kernel': jnp.ones((2, 2, 2))})
-  assert_says(info, 'axis=3', '(2, 2, 2)', 'axis=0 (Equinox)')
+    normalization.filterwise(axis=axis)({'kernel': jnp.ones((2, 2, 2))})
+  assert_says(info, f'axis={axis}', '(2, 2, 2)', 'axis=0 (Equinox)')
 
 
 def test_custom_normalization():
