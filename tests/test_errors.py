@@ -84,7 +84,11 @@ KEYWORDS = [
     (
       TypeError,
       {'adaptive': value},
-      ['adaptive', repr(value), 'normalization.filterwise(0.01)'],
+      [
+        'adaptive must be True, False or a normalization',
+        repr(value),
+        'normalization.filterwise(0.01)',
+      ],
     )
     for value in ('filterwise', None, 0.01, 1, {'kernel': 1})
   ],
@@ -180,7 +184,13 @@ def test_ascent():
   assert_says(info, 'normalization', '0.01', 'normalization.filterwise(0.01)')
   with pytest.raises(TypeError) as info:
     ascent.steepest_ascent(normalization.elementwise)
-  assert_says(info, 'elementwise', 'not called', 'normalization.elementwise()')
+  assert_says(
+    info,
+    'normalization must be a function from params to T_w',
+    'elementwise',
+    'not called',
+    'normalization.elementwise()',
+  )
   tx = ascent.steepest_ascent(normalization.identity())
   with pytest.raises(ValueError) as info:
     tx.update(PARAMS, tx.init(PARAMS))

@@ -22,6 +22,10 @@ CASES = {
     normalization.filterwise(0.1, axis=1),
     reference.filterwise(0.1, axis=1),
   ),
+  'axis -3': (
+    normalization.filterwise(0.1, axis=-3),
+    reference.filterwise(0.1, axis=-3),
+  ),
   'layerwise': (normalization.layerwise(0.1), reference.layerwise(0.1)),
 }
 
@@ -38,6 +42,14 @@ def test_operator(x64, case):
   t = jax.jit(library)(params)
   broadcast = jax.tree.map(lambda t, w: jnp.broadcast_to(t, w.shape), t, params)
   assert error(broadcast, jax.tree.map(operator, params)) < 1e-14
+
+
+def test_zero_filters():
+  """Where a filter or a leaf is zero, T = eta."""
+  kernel = jnp.array([[[3.0, 0.0], [4.0, 0.0]]])
+  t = normalization.filterwise(0.5)(kernel)
+  np.testing.assert_array_equal(t, [[[5.5, 0.5]]])
+  assert normalization.layerwise(0.5)(0 * kernel) == 0.5
 
 
 def test_at_least_float32(x64):
@@ -100,7 +112,7 @@ def test_not_bias():
       'raw': {'bias': {'raw_value': x}},
       'net/dense/bias': x,
       'layers.0.bias': x,
-      'flat': {('dense', 'bias'): x},
+      'flat': {('net', 'dense', 'bias'): x},
     },
     'others': {
       'biased': x,
