@@ -78,7 +78,7 @@ def steepest_ascent(
 
   def update_fn(updates, state, params=None):
     eps, state = ascent.update(updates, state, params)
-    return optax.tree.cast_like(eps, params), state
+    return _round(eps, params), state
 
   return optax.GradientTransformation(ascent.init, update_fn)
 
@@ -137,7 +137,7 @@ def rho_ball(
     optax.scale_by_schedule(rho if callable(rho) else lambda _: rho),
     # Last, and once: among a million weights of 1e-3 a unit perturbation has
     # elements of 1e-6, of which float16 keeps four bits.
-    optax.stateless(optax.tree.cast_like),
+    optax.stateless(_round),
   )
 
 
@@ -189,6 +189,13 @@ def _unrounded_ascent(
     return eps, state
 
   return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _round(eps: optax.Updates, params: optax.Params | None) -> optax.Updates:
+  """``eps`` in the dtypes of ``params``."""
+  return jax.tree.map(
+    lambda e, w: jnp.asarray(e, jnp.result_type(w)), eps, params
+  )
 
 
 def _multiply(t: Any, x: jax.Array) -> jax.Array:
