@@ -638,7 +638,7 @@ LAWS = {
   'derivative by rho': (
     law_rho_derivative,
     asam,
-    st.tuples(examples(cases=CASES64, reach=20)),
+    st.tuples(examples(cases=CASES64, reach=18)),
   ),
   'derivative': (
     law_derivative,
@@ -985,10 +985,10 @@ WRONG = {
   ('name', 'wrong'), [(name, wrong) for name in LAWS for wrong in WRONG[name]]
 )
 def test_law_fails(name, wrong):
-  """On a wrong version, within as many examples."""
+  """On a wrong version, within ten times as many examples."""
   law, _, cases = LAWS[name]
   with pytest.raises(AssertionError):
-    check(law, wrong, cases, phases=FIRST_FAILURE)
+    check(law, wrong, cases, phases=FIRST_FAILURE, max_examples=1000)
 
 
 def test_control():
