@@ -252,6 +252,6 @@ def _l2_norm(w: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
   """The norm over ``axis``, kept as size 1, with a zero derivative at zero."""
   # No second reduction finds their scale: float32 below 1e-19 counts as zero.
   squares = jnp.sum(w * w, axis=axis, keepdims=True)
-  nonzero = squares > 0
+  nonzero = squares != 0  # NaN included, which is not to be hidden.
   # Guarded inside the root: sqrt has an infinite derivative at zero.
   return jnp.where(nonzero, jnp.sqrt(jnp.where(nonzero, squares, 1)), 0)

@@ -52,6 +52,15 @@ def test_zero_filters():
   assert normalization.layerwise(0.5)(0 * kernel) == 0.5
 
 
+@pytest.mark.parametrize('bad', [jnp.nan, jnp.inf])
+def test_bad_weights(bad):
+  """NaN and infinity reach T, so that nothing is perturbed by guesswork."""
+  kernel = jnp.array([[[bad, 1.0]]])
+  for t in (normalization.elementwise(0.5), normalization.filterwise(0.5)):
+    np.testing.assert_array_equal(t(kernel), [[[bad, 1.5]]])
+  np.testing.assert_array_equal(normalization.layerwise(0.5)(kernel), [[[bad]]])
+
+
 def test_at_least_float32(x64):
   """T of a 16-bit parameter is float32: |w| + eta would round eta away."""
   for dtype, wide in [

@@ -170,6 +170,20 @@ def test_state(params):
   assert jnp.isnan(states[0].perturbed_value).all()
 
 
+def test_update_by_keyword(params):
+  """All that ``update`` takes has a name, and the functions need theirs."""
+  tx = sharpness_aware(ascent.rho_ball(0.5, 0.01, True))
+  grad_fn = jax.grad(loss_fn)
+  grads, state = grad_fn(params), tx.init(params)
+  by_name, _ = tx.update(
+    updates=grads, state=state, params=params, grad_fn=grad_fn
+  )
+  by_position, _ = tx.update(grads, state, params, grad_fn=grad_fn)
+  assert_same_bits(by_name, by_position)
+  with pytest.raises(TypeError):
+    tx.update(grads, state, params, grad_fn)
+
+
 def test_perturbed_value(x64, params):
   """With value_fn the state holds L(w + eps), in float64 if params are."""
   tx = asam(optax.sgd(0.1), rho=0.3)
