@@ -221,6 +221,9 @@ def test_smallest_normal_number(p):
   expected = 0 if p == 2 else 1
   np.testing.assert_allclose(eps, [expected, 0], atol=1e-6)
   assert not perturb(tx, jnp.ones(2), jnp.array([tiny / 2, 0])).any()
+  root = 2.0**-63  # of tiny, and the smallest for p = 2
+  eps = perturb(tx, jnp.ones(2), jnp.array([root, 0]))
+  np.testing.assert_allclose(eps, [1, 0], atol=1e-6)
 
 
 def test_dtypes(x64):
