@@ -11,7 +11,10 @@ from typing import Any
 from typing import NoReturn
 
 import data
-import models
+
+# What the training can take so far: images in float32, models without a state.
+DATASETS = ('digits',)
+MODELS = ('mlp', 'cnn')
 
 # JAX takes seeds as uint32; the search adds a few beyond the largest.
 MAX_SEED = 2**31
@@ -93,11 +96,9 @@ def make_parser() -> Parser:
     allow_abbrev=False,
   )
   parser.add_argument(
-    '--dataset', choices=data.DATASETS, default='digits', help='data set'
+    '--dataset', choices=DATASETS, default='digits', help='data set'
   )
-  parser.add_argument(
-    '--model', choices=models.MODELS, default='mlp', help='model'
-  )
+  parser.add_argument('--model', choices=MODELS, default='mlp', help='model')
   parser.add_argument(
     '--label-noise',
     type=checked(float, lambda x: 0 <= x < 1, 'a number in [0, 1)', '0.4'),

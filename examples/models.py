@@ -1,10 +1,17 @@
 """Models by name, and the loss that they are trained on.
 
-To add a model, write a Flax module and name it in ``MODELS``.
+To add a model, write a Flax module and name it in ``MODELS``. It is called with
+images, float32 [n, height, width, channels], and with ``train``, which is True
+in training alone, and returns logits [n, num_classes].
+
+A model has ``params``, which are trained by gradients, and a ``model_state``,
+which a pass in training updates by itself: a dict with the running statistics
+of BatchNorm, empty for a model without it.
 """
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -13,6 +20,9 @@ import jax.numpy as jnp
 import optax
 
 import data
+import resnet
+
+ModelState = dict[str, Any]
 
 
 class MLP(nn.Module):
@@ -22,31 +32,155 @@ class MLP(nn.Module):
   hidden_sizes: Sequence[int] = (256, 256)
 
   @nn.compact
-  def __call__(self, images: jax.Array) -> jax.Array:
-    """Maps images [n, ...] to logits [n, num_classes]."""
+  def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+    """Maps images [n, ...] to logits [n, num_classes]; ``train`` is ignored."""
+    del train
     x = images.reshape(images.shape[0], -1)
     for size in self.hidden_sizes:
       x = nn.relu(nn.Dense(size)(x))
     return nn.Dense(self.num_classes)(x)
 
 
+class CNN(nn.Module):
+  """3 x 3 convolutions with max pooling, then a hidden dense layer.
+
+  With Flax's initialization, like the MLP. On images of 28 x 28 x 1 it has
+  207 k parameters, of 32 x 32 x 3 it has 269 k, nearly all of them in the dense
+  layer.
+  """
+
+  num_classes: int
+  channels: Sequence[int] = (16, 32)
+  hidden_size: int = 128
+
+  @nn.compact
+  def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+    """Maps images [n, h, w, c] to logits; ``train`` is ignored."""
+    del train
+    x = images
+    for channels in self.channels:
+      x = nn.relu(max_pool(nn.Conv(channels, kernel_size=(3, 3))(x)))
+    x = nn.relu(nn.Dense(self.hidden_size)(x.reshape(x.shape[0], -1)))
+    return nn.Dense(self.num_classes)(x)
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+  """The maximum of every 2 x 2 pixels; an odd row or column is left out.
+
+  On CPU the gradient of Flax's own costs more than the convolutions.
+  """
+  n, height, width, channels = x.shape
+  x = x[:, : height // 2 * 2, : width // 2 * 2]
+  x = x.reshape(n, height // 2, 2, width // 2, 2, channels)
+  return x.max(axis=(2, 4))
+
+
 # From the number of classes to a module.
-MODELS: dict[str, Callable[[int], nn.Module]] = {'mlp': MLP}
+MODELS: dict[str, Callable[[int], nn.Module]] = {
+  'mlp': MLP,
+  'cnn': CNN,
+  'resnet20': functools.partial(resnet.ResNet, depth=20),
+  'resnet32': functools.partial(resnet.ResNet, depth=32),
+  'wrn-16-4': functools.partial(resnet.WideResNet, depth=16, widening=4),
+  'wrn-28-10': functools.partial(resnet.WideResNet, depth=28, widening=10),
+}
+
+
+def init(
+  model: nn.Module, key: jax.Array, images: data.Array
+) -> tuple[optax.Params, ModelState]:
+  """Random parameters and a fresh state; of ``images`` the shape matters."""
+  variables = dict(model.init(key, images))
+  return variables.pop('params'), variables
+
+
+def apply_train(
+  params: optax.Params,
+  model_state: ModelState,
+  model: nn.Module,
+  images: data.Array,
+) -> tuple[jax.Array, ModelState]:
+  """The logits of a pass in training, and the state after it."""
+  variables: dict[str, Any] = {'params': params, **model_state}
+  logits, new_model_state = model.apply(
+    variables, images, train=True, mutable=list(model_state)
+  )
+  return logits, dict(new_model_state)
+
+
+def apply_eval(
+  params: optax.Params,
+  model_state: ModelState,
+  model: nn.Module,
+  images: data.Array,
+) -> jax.Array:
+  """The logits [n, num_classes] of a trained model, whose state stays."""
+  variables: dict[str, Any] = {'params': params, **model_state}
+  return jnp.asarray(model.apply(variables, images))
+
+
+def cross_entropy(
+  logits: jax.Array, labels: data.Array, label_smoothing: float = 0.0
+) -> jax.Array:
+  """The mean cross-entropy of ``logits`` against ``labels``.
+
+  With label smoothing a, a class has the probability a / num_classes, and the
+  label's own has 1 - a more.
+  """
+  if not label_smoothing:
+    return optax.softmax_cross_entropy_with_integer_labels(
+      logits, labels
+    ).mean()
+  targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+  targets = optax.smooth_labels(targets, label_smoothing)
+  return optax.softmax_cross_entropy(logits, targets).mean()
+
+
+def train_loss_fn(
+  params: optax.Params,
+  model_state: ModelState,
+  model: nn.Module,
+  batch: data.Split,
+  *,
+  label_smoothing: float = 0.0,
+) -> tuple[jax.Array, ModelState]:
+  """The loss of a pass in training, and the state after it.
+
+  With ``has_aux=True`` it is a function for :func:`jax.value_and_grad` and for
+  ``optax_asam.value_and_grad``, which gives the state of the clean pass. A
+  ``grad_fn`` for ``tx.update`` leaves the state of the perturbed one out::
+
+    train_grad_fn = jax.grad(train_loss_fn, has_aux=True)
+    grads, new_model_state = train_grad_fn(params, model_state, model, batch)
+    grad_fn = lambda p: train_grad_fn(p, model_state, model, batch)[0]
+  """
+  logits, new_model_state = apply_train(
+    params, model_state, model, batch.images
+  )
+  loss = cross_entropy(logits, batch.labels, label_smoothing)
+  return loss, new_model_state
+
+
+def eval_loss_fn(
+  params: optax.Params,
+  model_state: ModelState,
+  model: nn.Module,
+  split: data.Split,
+) -> jax.Array:
+  """The mean cross-entropy of a trained model on ``split``."""
+  logits = apply_eval(params, model_state, model, split.images)
+  return cross_entropy(logits, split.labels)
 
 
 def predict(
   params: optax.Params, model: nn.Module, images: data.Array
 ) -> jax.Array:
-  """The logits [n, num_classes] of ``images``."""
-  variables: dict[str, Any] = {'params': params}
-  return jnp.asarray(model.apply(variables, images))
+  """:func:`apply_eval` for a model without a state."""
+  return apply_eval(params, {}, model, images)
 
 
 def loss_fn(
   params: optax.Params, model: nn.Module, batch: data.Split
 ) -> jax.Array:
-  """The mean cross-entropy on ``batch``."""
-  logits = predict(params, model, batch.images)
-  return optax.softmax_cross_entropy_with_integer_labels(
-    logits, batch.labels
-  ).mean()
+  """:func:`eval_loss_fn` for a model without a state."""
+  return eval_loss_fn(params, {}, model, batch)
