@@ -212,7 +212,7 @@ def test_refused(monkeypatch, capsys):
   ('args', 'words'),
   [
     (['--dataset=mnist'], ['--dataset', "'mnist'", 'digits']),
-    (['--model=vgg'], ['--model', "'vgg'", 'mlp']),
+    (['--model=cnn'], ['--model', "'cnn'", 'mlp']),
     (['--label-noise=1'], ['--label-noise', "'1'", '0.4']),
     (['--label-noise', '-0.1'], ['--label-noise', "'-0.1'", '0.4']),
     (['--label-noise=nan'], ['--label-noise', "'nan'", '0.4']),
