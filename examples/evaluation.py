@@ -1,7 +1,6 @@
-"""What is measured on trained models, for all runs at once.
+"""What is measured on trained models.
 
-A measure maps ``(params, model, split)`` to a scalar for each run: ``params``
-has a leading axis of runs, and the labels of ``split`` are [runs, n].
+A measure maps ``(params, model_state, model, batch)`` of one run to a scalar.
 """
 
 from collections.abc import Callable
@@ -10,39 +9,34 @@ import functools
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import data
+from groups import Group
 import models
 from optax_asam import ascent
 from optax_asam import normalization
 
-Measure = Callable[[optax.Params, nn.Module, data.Split], jax.Array]
+Measure = Callable[
+  [optax.Params, models.ModelState, nn.Module, data.Split], jax.Array
+]
+
+# Examples at once; a measure of more is the mean over as many of these.
+BATCH_SIZE = 1000
+
+loss: Measure = models.eval_loss_fn
 
 
-def over_runs(measure: Measure) -> Measure:
-  """Makes a measure of one run one of all runs, jitted."""
-
-  @functools.partial(jax.jit, static_argnums=1)
-  def measure_all(params, model, split):
-    return jax.vmap(
-      lambda params, split: measure(params, model, split),
-      in_axes=(0, data.LABELS_PER_RUN),
-    )(params, split)
-
-  return measure_all
-
-
-loss = over_runs(models.loss_fn)
-
-
-@over_runs
 def accuracy(
-  params: optax.Params, model: nn.Module, split: data.Split
+  params: optax.Params,
+  model_state: models.ModelState,
+  model: nn.Module,
+  batch: data.Split,
 ) -> jax.Array:
-  """The fraction of ``split`` that is classified as its labels say."""
-  logits = models.predict(params, model, split.images)
-  return jnp.mean(jnp.argmax(logits, axis=-1) == split.labels)
+  """The fraction of ``batch`` that is classified as its labels say."""
+  logits = models.apply_eval(params, model_state, model, batch.images)
+  return jnp.mean(jnp.argmax(logits, axis=-1) == batch.labels)
 
 
 def sharpness_in_ball(
@@ -51,12 +45,11 @@ def sharpness_in_ball(
   """L(w + eps) - L(w), where eps is one steepest step to the ball's surface."""
   ball = optax.chain(ascent.steepest_ascent(normalization), optax.scale(rho))
 
-  @over_runs
-  def sharpness(params, model, split):
-    value, grads = jax.value_and_grad(models.loss_fn)(params, model, split)
+  def sharpness(params, *batch):
+    value, grads = jax.value_and_grad(models.eval_loss_fn)(params, *batch)
     eps, _ = ball.update(grads, ball.init(params), params)
     perturbed_params = optax.apply_updates(params, eps)
-    return models.loss_fn(perturbed_params, model, split) - value
+    return models.eval_loss_fn(perturbed_params, *batch) - value
 
   return sharpness
 
@@ -68,6 +61,7 @@ ASAM_BALL_RHO = 0.5
 # The balls are the same for every optimizer, whatever it was trained with.
 ON_TRAINING_SET: dict[str, Measure] = {
   'train_loss': loss,
+  'train_accuracy': accuracy,
   'sharpness_sam_ball': sharpness_in_ball(
     SAM_BALL_RHO, normalization.identity()
   ),
@@ -75,3 +69,61 @@ ON_TRAINING_SET: dict[str, Measure] = {
     ASAM_BALL_RHO, normalization.elementwise()
   ),
 }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def measure_batch(
+  measure, model, preprocess, mapped, params, model_state, batch
+):
+  """``measure`` of one run, or with ``mapped`` of each."""
+
+  def measure_run(params, model_state, batch):
+    batch = batch._replace(images=preprocess(batch.images))
+    return measure(params, model_state, model, batch)
+
+  if mapped:
+    measure_run = jax.vmap(measure_run, in_axes=(0, 0, data.LABELS_PER_RUN))
+  return measure_run(params, model_state, batch)
+
+
+def evaluate(
+  measure: Measure,
+  groups: list[Group],
+  model: nn.Module,
+  dataset: data.Dataset,
+  split: data.Split,
+) -> np.ndarray:
+  """A measure of every run, as a mean over the batches of a split.
+
+  Args:
+    measure: What is measured.
+    groups: The groups of the runs.
+    model: The model.
+    dataset: Says how images are preprocessed.
+    split: The examples, with labels [runs, n].
+
+  Returns:
+    An array [runs]; NaN where there are no examples.
+  """
+  n = len(split.images)
+  values, first = [], 0
+  for group in groups:
+    labels = split.labels[first : first + len(group.runs)]
+    first += len(group.runs)
+    labels = labels if group.mapped else labels[0]
+    total = np.zeros(len(group.runs))
+    for start in range(0, n, BATCH_SIZE):
+      part = slice(start, start + BATCH_SIZE)
+      batch = data.Split(split.images[part], labels[..., part])
+      value = measure_batch(
+        measure,
+        model,
+        dataset.preprocess,
+        group.mapped,
+        group.state.params,
+        group.state.model_state,
+        batch,
+      )
+      total += np.asarray(value, np.float64) * len(batch.images)
+    values.append(total / n if n else np.full_like(total, np.nan))
+  return np.concatenate(values)

@@ -170,17 +170,3 @@ def eval_loss_fn(
   """The mean cross-entropy of a trained model on ``split``."""
   logits = apply_eval(params, model_state, model, split.images)
   return cross_entropy(logits, split.labels)
-
-
-def predict(
-  params: optax.Params, model: nn.Module, images: data.Array
-) -> jax.Array:
-  """:func:`apply_eval` for a model without a state."""
-  return apply_eval(params, {}, model, images)
-
-
-def loss_fn(
-  params: optax.Params, model: nn.Module, batch: data.Split
-) -> jax.Array:
-  """:func:`eval_loss_fn` for a model without a state."""
-  return eval_loss_fn(params, {}, model, batch)

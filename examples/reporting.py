@@ -28,7 +28,7 @@ import optax_asam
 from search import Search
 
 # Dark enough on white, and told apart by the colour-blind (Okabe and Ito).
-COLORS = {'SGD': '#555555', 'SAM': '#0072b2', 'ASAM': '#d55e00'}
+COLORS = {'sgd': '#555555', 'sam': '#0072b2', 'asam': '#d55e00'}
 
 
 def t_interval(values: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -53,6 +53,31 @@ def summarize(per_seed: Any) -> dict[str, Any]:
     'mean': mean,
     'interval_95': [mean - half_width, mean + half_width],
   }
+
+
+def summarize_curves(curves: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  """Numbers of curves [epochs, seeds]: the last epoch's, and the best one's.
+
+  Who chooses an epoch by the accuracy that is reported of it has an oracle.
+  """
+  accuracies = curves['held_out_accuracy']
+  if not len(accuracies):
+    return {}
+  return {
+    'held_out_accuracy': summarize(accuracies[-1]),
+    'oracle_best_epoch_held_out_accuracy': summarize(accuracies.max(axis=0)),
+    'ms_per_step': 1000 * np.median(curves['seconds_per_step']),
+  }
+
+
+def add_time_ratios(optimizers: dict[str, Any]) -> dict[str, Any]:
+  """Adds how long a step took beside the first optimizer's."""
+  first = next(iter(optimizers.values()))['curves']['seconds_per_step']
+  for result in optimizers.values():
+    seconds = result['curves']['seconds_per_step']
+    ratios = seconds.sum(axis=1) / first.sum(axis=1)
+    result['time_ratio_to_first'] = np.median(ratios) if len(ratios) else None
+  return optimizers
 
 
 def provenance(argv: Sequence[str]) -> dict[str, Any]:
@@ -146,7 +171,7 @@ def print_results(console: Console, results: Mapping[str, Any]) -> None:
     f'sharpness\nSAM ball\nrho {balls["sam_ball"]:g}',
     f'sharpness\nASAM ball\nrho {balls["asam_ball"]:g}',
     'ms per\nstep',
-    'time\n/ SGD',
+    f'time\n/ {next(iter(results["optimizers"]))}',
   ):
     table.add_column(header, justify='right')
   for name, result in results['optimizers'].items():
@@ -158,7 +183,7 @@ def print_results(console: Console, results: Mapping[str, Any]) -> None:
       f'{result["sharpness_sam_ball"]["mean"]:.5f}',
       f'{result["sharpness_asam_ball"]["mean"]:.5f}',
       f'{result["ms_per_step"]:.2f}',
-      f'{result["time_ratio_to_sgd"]:.2f}',
+      f'{result["time_ratio_to_first"]:.2f}',
     )
   console.print(f'\n{describe(config)}')
   console.print(table)
@@ -166,7 +191,7 @@ def print_results(console: Console, results: Mapping[str, Any]) -> None:
     f'Last epoch, mean of {count_seeds(config)}, ± half of its 95 %'
     f' t-interval. Loss and sharpness are those of the noisy training set:'
     f' L(w + eps) - L(w), eps one steepest step to the surface of the same ball'
-    f' for all. A step is that of all seeds together.'
+    f' for all. A step is that of one run.'
   )
 
 
@@ -215,6 +240,8 @@ def to_json(value: Any) -> Any:
     return {key: to_json(item) for key, item in value.items()}
   if isinstance(value, np.ndarray | np.generic):
     return to_json(value.tolist())
+  if isinstance(value, Path):
+    return str(value)
   if isinstance(value, list):
     return [to_json(item) for item in value]
   if isinstance(value, float) and not math.isfinite(value):
@@ -234,13 +261,13 @@ def write_figure(path: Path, results: Mapping[str, Any]) -> None:
   config = results['config']
   figure = Figure(figsize=(8, 3.6), dpi=150, layout='constrained')
   loss_axes, accuracy_axes = figure.subplots(1, 2)
-  epochs = np.arange(1, config['epochs'] + 1)
   for name, result in results['optimizers'].items():
     for axes, quantity in (
       (loss_axes, 'train_loss'),
       (accuracy_axes, 'held_out_accuracy'),
     ):
       mean, half_width = t_interval(result['curves'][quantity])
+      epochs = np.arange(1, len(mean) + 1)
       label = f'{name}, rho = {result["rho"]:g}' if result['rho'] else name
       axes.plot(epochs, mean, color=COLORS[name], label=label)
       axes.fill_between(
@@ -267,8 +294,33 @@ def write_figure(path: Path, results: Mapping[str, Any]) -> None:
     axes.grid(alpha=0.3)
     axes.spines[['top', 'right']].set_visible(False)
   accuracy_axes.legend()
+  interrupted = '' if results['complete'] else ' (interrupted)'
   figure.suptitle(
     f'{describe(config)}: mean and 95 % interval of {count_seeds(config)}'
+    f'{interrupted}'
   )
   with replacing(path) as partial:
     figure.savefig(partial)
+
+
+def write(
+  console: Console,
+  out: Path,
+  results: Mapping[str, Any],
+  searches: Mapping[str, Search],
+) -> None:
+  """Writes results.json and curves.png, and prints what they say."""
+  if searches:
+    print_searches(console, searches)
+  if results['complete']:
+    print_results(console, results)
+  write_json(out / 'results.json', results)
+  write_figure(out / 'curves.png', results)
+  after = f'after {results["wall_time_s"]:.0f} s'
+  if results['complete']:
+    console.print(f'Wrote results.json and curves.png to {out} {after}.')
+  else:
+    console.print(
+      f'Interrupted {after}. What there is, is in results.json and curves.png'
+      f' in {out}. To go on, repeat the command with --resume.'
+    )

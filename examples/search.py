@@ -1,18 +1,12 @@
 """The choice of rho on held-out data."""
 
-import collections
-from collections.abc import Callable
-from collections.abc import Iterable
+from collections.abc import Mapping
 from collections.abc import Sequence
 import itertools
 from typing import NamedTuple
 
-from flax import linen as nn
 import numpy as np
-import optax
 
-import data
-import evaluation
 import training
 
 
@@ -45,36 +39,43 @@ class Search(NamedTuple):
     return self.best in (0, len(self.candidates) - 1)
 
 
-def search_rho(
-  train: Callable[..., training.Training],
-  candidates: Sequence[float],
+def make_runs(
+  candidates: Mapping[str, Sequence[float]],
   seeds: Sequence[int],
-  *,
-  model: nn.Module,
-  add_label_noise: Callable[[Sequence[int]], data.Dataset],
-  track: Callable[[training.Training], Iterable[tuple[optax.Params, float]]],
-) -> Search:
-  """Tries every candidate with every seed, all of them at once.
+  num_seeds: int,
+) -> list[training.Run]:
+  """The runs of a search, for each optimizer with more than one candidate.
+
+  Each candidate is tried with ``num_seeds`` seeds, which come after the largest
+  of ``seeds``: those are for the results.
+  """
+  first = max(seeds) + 1
+  return [
+    training.Run(*run)
+    for name, rhos in candidates.items()
+    if len(rhos) > 1
+    for run in itertools.product([name], rhos, range(first, first + num_seeds))
+  ]
+
+
+def make_searches(
+  runs: Sequence[training.Run], scores: Sequence[float]
+) -> dict[str, Search]:
+  """What was found for each optimizer.
 
   Args:
-    train: From rhos, seeds and a training set to parameters, epoch by epoch:
-      :func:`training.train` for one optimizer.
-    candidates: Radii, ascending.
-    seeds: Seeds, none of which is used for what is reported.
-    model: The model.
-    add_label_noise: From seeds to the data set. Its held-out labels are as
-      noisy as those for training: who has clean ones would train on them.
-    track: What shows the progress of an iteration over epochs.
-
-  Returns:
-    The search; the test data is not touched.
+    runs: Those that :func:`make_runs` returns.
+    scores: The held-out accuracy of each run after its last epoch. The labels
+      are as noisy as those for training: who has clean ones would train on
+      them.
   """
-  rhos, run_seeds = zip(*itertools.product(candidates, seeds), strict=True)
-  dataset = add_label_noise(run_seeds)
-  # A deque of one keeps the last epoch, which alone is scored.
-  epochs = track(train(rhos, run_seeds, dataset.train))
-  params, _ = collections.deque(epochs, maxlen=1).pop()
-  scores = evaluation.accuracy(params, model, dataset.held_out)
-  return Search(
-    candidates, seeds, np.reshape(scores, (len(candidates), len(seeds)))
-  )
+  searches = {}
+  for name, group in itertools.groupby(
+    zip(runs, scores, strict=True), key=lambda pair: pair[0].optimizer
+  ):
+    pairs = list(group)
+    rhos = sorted({run.rho for run, _ in pairs})
+    seeds = sorted({run.seed for run, _ in pairs})
+    table = np.reshape([score for _, score in pairs], (len(rhos), len(seeds)))
+    searches[name] = Search(rhos, seeds, table)
+  return searches

@@ -1,102 +1,122 @@
-"""Trains with SGD, SAM and ASAM on noisy labels, and compares them.
+"""Trains with SGD, SAM and ASAM on the same seeds, and compares them.
 
 ::
 
     python examples/train.py --label-noise 0.4 --out out/train
 
 First rho of SAM and of ASAM is chosen, from equally many candidates and on
-held-out data whose labels are as noisy as those for training. Then all three
-train side by side with the same seeds. The test data is read once, at the end.
-The optimizers are put to use in ``training.py``.
+held-out data whose labels are as noisy as those for training. Then all train
+side by side with the same seeds. The test data is read once, at the end. The
+optimizers are put to use in ``training.py``.
+
+What is killed goes on with ``--resume``, and ends as if nothing had happened.
 """
 
-import collections
-from collections.abc import Iterable
-from collections.abc import Mapping
+import argparse
 from collections.abc import Sequence
-import functools
+import contextlib
+import shutil
 import sys
 import time
 from typing import Any
 
-from flax import linen as nn
 import numpy as np
-import optax
 from rich.console import Console
-from rich.progress import Progress
 
 import arguments
-import data
 import evaluation
-import models
+import experiment
+import optimizers
+import progress
 import reporting
-import search
-import training
-
-NUM_SEARCH_SEEDS = 2
+import summaries
 
 
-def train_side_by_side(
-  trainings: Mapping[str, training.Training],
-  epochs: Iterable[int],
-  *,
-  model: nn.Module,
-  dataset: data.Dataset,
-) -> tuple[dict[str, optax.Params], dict[str, dict[str, np.ndarray]]]:
-  """Advances all optimizers in turn, epoch by epoch.
-
-  So whatever else the machine does slows all of them alike.
-
-  Args:
-    trainings: The training of each optimizer.
-    epochs: What to count the epochs with.
-    model: The model.
-    dataset: The data set with noisy labels for each seed.
-
-  Returns:
-    The parameters, and what happened: arrays [epochs, seeds] of training losses
-    and held-out accuracies, and the seconds a step took in each epoch.
-  """
-  params = {}
-  histories = {name: collections.defaultdict(list) for name in trainings}
-  for _ in epochs:
-    for name, history in histories.items():
-      params[name], seconds = next(trainings[name])
-      history['seconds_per_step'].append(seconds)
-      loss = evaluation.loss(params[name], model, dataset.train)
-      accuracy = evaluation.accuracy(params[name], model, dataset.held_out)
-      # As NumPy arrays, lest they be computed in the time of the next epoch.
-      history['train_loss'].append(np.asarray(loss))
-      history['held_out_accuracy'].append(np.asarray(accuracy))
-  return params, {
-    name: {quantity: np.stack(values) for quantity, values in history.items()}
-    for name, history in histories.items()
-  }
-
-
-def summarize(
-  params: optax.Params,
-  history: Mapping[str, np.ndarray],
-  sgd_history: Mapping[str, np.ndarray],
-  *,
-  model: nn.Module,
-  dataset: data.Dataset,
-) -> dict[str, Any]:
-  """What results.json holds of an optimizer; here the test data is read."""
-  seconds = history['seconds_per_step']
-  ratios = seconds / sgd_history['seconds_per_step']
+def measure(trained: experiment.Experiment) -> dict[str, np.ndarray]:
+  """What is measured at the end, arrays [runs]; here the test data is read."""
   measured = {
-    name: measure(params, model, dataset.train)
-    for name, measure in evaluation.ON_TRAINING_SET.items()
+    name: trained.evaluate(quantity, trained.dataset.train)
+    for name, quantity in evaluation.ON_TRAINING_SET.items()
   }
-  measured['held_out_accuracy'] = history['held_out_accuracy'][-1]
-  measured['test_accuracy'] = evaluation.accuracy(params, model, dataset.test)
+  measured['test_accuracy'] = trained.evaluate(
+    evaluation.accuracy, trained.dataset.test
+  )
+  return measured
+
+
+def describe_optimizers(
+  trained: experiment.Experiment, measured: dict[str, np.ndarray]
+) -> dict[str, Any]:
+  """What results.json holds of each optimizer, as far as the training got."""
+  history = {
+    quantity: np.asarray(values)
+    for quantity, values in trained.histories['final'].items()
+  }
+  described = {}
+  for name, rho in trained.rhos.items():
+    mine = [run.optimizer == name for run in trained.runs]
+    curves = {
+      quantity: values.reshape(-1, len(mine))[:, mine]
+      for quantity, values in history.items()
+    }
+    described[name] = {
+      'rho': rho,
+      **{
+        quantity: reporting.summarize(values[mine])
+        for quantity, values in measured.items()
+      },
+      **reporting.summarize_curves(curves),
+      'curves': curves,
+    }
+  return reporting.add_time_ratios(described)
+
+
+def describe(
+  argv: Sequence[str],
+  args: argparse.Namespace,
+  trained: experiment.Experiment,
+  measured: dict[str, np.ndarray],
+  wall_time: float,
+) -> dict[str, Any]:
+  """What results.json holds."""
   return {
-    **{name: reporting.summarize(values) for name, values in measured.items()},
-    'ms_per_step': 1000 * np.median(seconds),
-    'time_ratio_to_sgd': np.median(ratios),
-    'curves': dict(history),
+    **reporting.provenance(argv),
+    'complete': bool(measured),
+    'config': {
+      **vars(args),
+      'momentum': optimizers.MOMENTUM,
+      'sharpness_rho': {
+        'sam_ball': evaluation.SAM_BALL_RHO,
+        'asam_ball': evaluation.ASAM_BALL_RHO,
+      },
+    },
+    'search': reporting.describe_searches(trained.searches),
+    'optimizers': (
+      describe_optimizers(trained, measured)
+      if 'final' in trained.histories
+      else {}
+    ),
+    'wall_time_s': wall_time,
   }
+
+
+def train(
+  trained: experiment.Experiment, args: argparse.Namespace
+) -> dict[str, np.ndarray]:
+  """Trains, and measures at the end, while progress is shown."""
+  folder = args.out / 'tensorboard' if args.tensorboard else None
+  with contextlib.closing(summaries.Summaries(folder)) as curves:
+
+    def add_epochs():
+      for stage, history in trained.histories.items():
+        curves.add_epochs(stage, trained.runs_of(stage), history)
+
+    with progress.shown(*trained.cost) as advance:
+      trained.run(advance, add_epochs)
+    add_epochs()  # Of a run that was interrupted after its last.
+    measured = measure(trained)
+    curves.add_measured(trained.stage, trained.runs, measured)
+  return measured
 
 
 def main(argv: Sequence[str]) -> None:
@@ -104,86 +124,18 @@ def main(argv: Sequence[str]) -> None:
   start = time.perf_counter()
   args, dataset = arguments.parse(argv)
   console = Console(markup=False)  # A path may have brackets.
-  model = models.MODELS[args.model](dataset.num_classes)
-  add_label_noise = functools.partial(
-    data.add_label_noise, dataset, args.label_noise
-  )
-  train = functools.partial(
-    training.train,
-    model=model,
-    epochs=args.epochs,
-    batch_size=args.batch_size,
-    learning_rate=args.lr,
-  )
-  candidates = {'SAM': args.rho_sam, 'ASAM': args.rho_asam}
-  first_search_seed = max(args.seeds) + 1
-  searches = {}
-
-  with Progress(console=Console(stderr=True)) as progress:
-    track = functools.partial(progress.track, total=args.epochs)
-    if len(args.rho_sam) > 1:
-      for name, radii in candidates.items():
-        searches[name] = search.search_rho(
-          functools.partial(train, name),
-          radii,
-          range(first_search_seed, first_search_seed + NUM_SEARCH_SEEDS),
-          model=model,
-          add_label_noise=add_label_noise,
-          track=functools.partial(track, description=f'Search, {name}'),
-        )
-    # SGD is SAM, and ASAM, at rho = 0.
-    rhos = {'SGD': 0.0, 'SAM': args.rho_sam[0], 'ASAM': args.rho_asam[0]}
-    rhos |= {name: found.rho for name, found in searches.items()}
-    noisy_dataset = add_label_noise(args.seeds)
-    params, histories = train_side_by_side(
-      {
-        name: train(
-          name, [rho] * len(args.seeds), args.seeds, noisy_dataset.train
-        )
-        for name, rho in rhos.items()
-      },
-      track(range(args.epochs), description='Final training'),
-      model=model,
-      dataset=noisy_dataset,
+  trained = experiment.Experiment(args, dataset, console.print)
+  measured = {}
+  try:
+    measured = train(trained, args)
+  finally:
+    # Ctrl-C, too, leaves what there is.
+    results = describe(
+      argv, args, trained, measured, time.perf_counter() - start
     )
-
-  results = {
-    **reporting.provenance(argv),
-    'config': {
-      **vars(args),
-      'out': str(args.out),
-      'momentum': training.MOMENTUM,
-      'weight_decay': training.WEIGHT_DECAY,
-      'sharpness_rho': {
-        'sam_ball': evaluation.SAM_BALL_RHO,
-        'asam_ball': evaluation.ASAM_BALL_RHO,
-      },
-    },
-    'search': reporting.describe_searches(searches),
-    'optimizers': {
-      name: {
-        'rho': rho,
-        **summarize(
-          params[name],
-          histories[name],
-          histories['SGD'],
-          model=model,
-          dataset=noisy_dataset,
-        ),
-      }
-      for name, rho in rhos.items()
-    },
-    'wall_time_s': time.perf_counter() - start,
-  }
-  if searches:
-    reporting.print_searches(console, searches)
-  reporting.print_results(console, results)
-  reporting.write_json(args.out / 'results.json', results)
-  reporting.write_figure(args.out / 'curves.png', results)
-  console.print(
-    f'Wrote results.json and curves.png to {args.out} after'
-    f' {results["wall_time_s"]:.0f} s.'
-  )
+    reporting.write(console, args.out, results, trained.searches)
+  (args.out / 'checkpoints.json').unlink()
+  shutil.rmtree(args.out / 'checkpoints')
 
 
 if __name__ == '__main__':

@@ -1,14 +1,14 @@
-"""Training with SGD, SAM or ASAM.
+"""Training with SGD, SAM or ASAM, one compiled step for all seeds and radii.
 
-Several runs, which differ in their seed or in rho, advance together: one epoch
-of all of them is one call of one compiled program.
+A *run* is one training: an optimizer, a radius rho and a seed. Runs of one
+optimizer differ in numbers alone, so that one program serves them all. Either
+it is called for one run after the other, or it is mapped over their axis
+(``groups.py``).
 """
 
+import argparse
 from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Sequence
 import functools
-import time
 from typing import NamedTuple
 
 import chex
@@ -19,143 +19,217 @@ import optax
 
 import data
 import models
-from optax_asam import asam
-from optax_asam import sam
-
-MOMENTUM = 0.9
-WEIGHT_DECAY = 5e-4
+import optimizers
 
 
-def sgd(
-  base_tx: optax.GradientTransformation, rho: chex.Numeric
-) -> optax.GradientTransformationExtraArgs:
-  """``base_tx`` alone, called like the others: rho and grad_fn are ignored."""
-  del rho
-  return optax.with_extra_args_support(base_tx)
+class Run(NamedTuple):
+  """One training."""
+
+  optimizer: str
+  rho: float
+  seed: int
 
 
-# From a base optimizer and rho to the optimizer that is compared.
-TxFactory = Callable[
-  [optax.GradientTransformation, chex.Numeric],
-  optax.GradientTransformationExtraArgs,
-]
-OPTIMIZERS: dict[str, TxFactory] = {'SGD': sgd, 'SAM': sam, 'ASAM': asam}
+class Position(NamedTuple):
+  """Where a run stands in its data.
 
-# The parameters after each epoch, and the seconds that a step took in it.
-Training = Iterator[tuple[optax.Params, float]]
+  Attributes:
+    key: The random key of what is to come.
+    order: The order of the examples in this epoch, int32 [n].
+    step: Number of steps taken in this epoch, an int32 scalar.
+    loss: Sum of the losses of those steps, a float32 scalar.
+  """
+
+  key: jax.Array
+  order: jax.Array
+  step: jax.Array
+  loss: jax.Array
 
 
 class TrainState(NamedTuple):
-  """What an epoch starts from; ``key`` decides the order of its examples."""
+  """What a step starts from: all that changes in a run."""
 
   params: optax.Params
+  model_state: models.ModelState
   opt_state: optax.OptState
-  key: jax.Array
+  position: Position
 
 
-def make_base_tx(
-  learning_rate: float, num_steps: int
-) -> optax.GradientTransformation:
-  """SGD with momentum, weight decay and a cosine learning rate."""
-  schedule = optax.cosine_decay_schedule(learning_rate, num_steps)
-  return optax.chain(
-    optax.add_decayed_weights(WEIGHT_DECAY),
-    optax.sgd(schedule, momentum=MOMENTUM),
+def start_epoch(position: Position) -> Position:
+  """The start of the next epoch, with an order of its own."""
+  key, order_key = jax.random.split(position.key)
+  order = jax.random.permutation(order_key, len(position.order))
+  return Position(
+    key, order, jnp.zeros_like(position.step), jnp.zeros_like(position.loss)
   )
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def init_params(
-  model: nn.Module, key: jax.Array, images: data.Array
-) -> optax.Params:
-  """Random parameters, compiled once for any number of runs."""
-  return model.init(key, images)['params']
+def init_run(
+  model: nn.Module, seed: jax.Array, images: jax.Array
+) -> tuple[optax.Params, models.ModelState, jax.Array]:
+  """Parameters, state and the key of a run; compiled once for all."""
+  init_key, key = jax.random.split(jax.random.key(seed))
+  return *models.init(model, init_key, images), key
 
 
-def make_train_epoch(
-  make_tx: TxFactory,
-  base_tx: optax.GradientTransformation,
+# From parameters, the states of model and optimizer, rho and a batch to updates
+# and the new states, and the loss before the step.
+Update = Callable[
+  [optax.Params, models.ModelState, optax.OptState, jax.Array, data.Split],
+  tuple[optax.Updates, optax.OptState, models.ModelState, jax.Array],
+]
+
+
+def make_update(
+  make_tx: Callable[[chex.Numeric], optax.GradientTransformationExtraArgs],
   model: nn.Module,
-  batch_size: int,
-) -> Callable[[TrainState, jax.Array, data.Split], TrainState]:
-  """Makes a function of ``(state, rho, split)`` that trains for one epoch.
-
-  It is that of one run, with labels [n]. rho may be traced, so that one program
-  serves every radius.
-  """
-
-  def train_epoch(state, rho, split):
-    tx = make_tx(base_tx, rho)
-    next_key, key = jax.random.split(state.key)
-    order = jax.random.permutation(key, len(split.images))
-    # What fills no batch sits this epoch out.
-    num_steps = len(order) // batch_size
-    batches = order[: num_steps * batch_size].reshape(num_steps, batch_size)
-
-    def train_step(carry, indices):
-      params, opt_state = carry
-      batch = jax.tree.map(lambda x: x[indices], split)
-      grad_fn = jax.grad(lambda p: models.loss_fn(p, model, batch))
-      updates, opt_state = tx.update(
-        grad_fn(params), opt_state, params, grad_fn=grad_fn
-      )
-      return (optax.apply_updates(params, updates), opt_state), None
-
-    (params, opt_state), _ = jax.lax.scan(
-      train_step, (state.params, state.opt_state), batches
-    )
-    return TrainState(params, opt_state, next_key)
-
-  return train_epoch
-
-
-def train(
-  optimizer: str,
-  rhos: Sequence[float],
-  seeds: Sequence[int],
-  split: data.Split,
+  label_smoothing: float,
   *,
-  model: nn.Module,
-  epochs: int,
-  batch_size: int,
-  learning_rate: float,
-) -> Training:
-  """Trains one model per run, all at once.
+  perturb: bool,
+) -> Update:
+  """Makes the function that an optimizer's updates come from.
 
   Args:
-    optimizer: A name in ``OPTIMIZERS``.
-    rhos: The radius of each run.
-    seeds: The seed of each run, for its first parameters and the order of its
-      examples.
-    split: The training set, with labels [runs, n].
+    make_tx: From rho to the optimizer.
     model: The model.
-    epochs: Number of epochs.
-    batch_size: Examples a step.
-    learning_rate: The learning rate at the start.
-
-  Yields:
-    After every epoch, the parameters with a leading axis of runs, and the
-    seconds that a step of all runs took in it, compilation not included.
+    label_smoothing: Label smoothing of the loss.
+    perturb: Whether a second gradient is taken.
   """
-  make_tx = OPTIMIZERS[optimizer]
-  num_steps = len(split.images) // batch_size
-  base_tx = make_base_tx(learning_rate, epochs * num_steps)
-
-  def init(rho, seed):
-    params_key, order_key = jax.random.split(jax.random.key(seed))
-    params = init_params(model, params_key, split.images[:1])
-    return TrainState(params, make_tx(base_tx, rho).init(params), order_key)
-
-  states = [init(*run) for run in zip(rhos, seeds, strict=True)]
-  state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-  inputs = jnp.asarray(rhos, jnp.float32), jax.device_put(split)
-  train_epoch = jax.vmap(
-    make_train_epoch(make_tx, base_tx, model, batch_size),
-    in_axes=(0, 0, data.LABELS_PER_RUN),
+  value_and_grad = jax.value_and_grad(
+    functools.partial(models.train_loss_fn, label_smoothing=label_smoothing),
+    has_aux=True,
   )
-  # Compiled ahead of time, so that no epoch's time holds the compiler's.
-  compiled_epoch = jax.jit(train_epoch).lower(state, *inputs).compile()
-  for _ in range(epochs):
-    start = time.perf_counter()
-    state = jax.block_until_ready(compiled_epoch(state, *inputs))
-    yield state.params, (time.perf_counter() - start) / num_steps
+
+  def update(params, model_state, opt_state, rho, batch):
+    (loss, new_model_state), grads = value_and_grad(
+      params, model_state, model, batch
+    )
+
+    def grad_fn(perturbed_params):
+      if not perturb:
+        return grads
+      return value_and_grad(perturbed_params, model_state, model, batch)[1]
+
+    updates, opt_state = make_tx(rho).update(
+      grads, opt_state, params, grad_fn=grad_fn
+    )
+    return updates, opt_state, new_model_state, loss
+
+  return update
+
+
+def over_microbatches(update: Update, size: int) -> Update:
+  """``update`` with a perturbation for each ``size`` examples of the batch.
+
+  The optimizer averages its gradients over these microbatches, by their axis;
+  what else depends on them is averaged here.
+  """
+
+  def update_microbatches(params, model_state, opt_state, rho, batch):
+    def update_microbatch(microbatch):
+      updates, new_opt_state, new_model_state, loss = update(
+        params, model_state, opt_state, rho, microbatch
+      )
+      return (
+        updates,
+        new_opt_state,
+        *jax.lax.pmean((new_model_state, loss), optimizers.MICROBATCHES),
+      )
+
+    microbatches = jax.tree.map(
+      lambda x: x.reshape(-1, size, *x.shape[1:]), batch
+    )
+    return jax.vmap(
+      update_microbatch, out_axes=None, axis_name=optimizers.MICROBATCHES
+    )(microbatches)
+
+  return update_microbatches
+
+
+class Programs(NamedTuple):
+  """What is compiled for an optimizer, for one run or mapped over several.
+
+  Attributes:
+    init: From rho, a seed and the training set to the state of one run.
+    sharp_step: From a state, rho and the training set to the next state.
+    plain_step: The same without a perturbation, for steps between those of
+      ``every_k``. On CPU, XLA runs convolutions inside a cond ten times slower:
+      so which of the two it is, is decided in Python.
+  """
+
+  init: Callable[[float, int, data.Split], TrainState]
+  sharp_step: Callable[[TrainState, jax.Array, data.Split], TrainState]
+  plain_step: Callable[[TrainState, jax.Array, data.Split], TrainState]
+
+
+def make_programs(
+  optimizer: str,
+  model: nn.Module,
+  dataset: data.Dataset,
+  args: argparse.Namespace,
+  *,
+  num_steps: int,
+  mapped: bool,
+) -> Programs:
+  """Makes the jitted functions of an optimizer; they compile when first called.
+
+  Args:
+    optimizer: A name in ``optimizers.OPTIMIZERS``.
+    model: The model.
+    dataset: Says how batches are made; the examples themselves are arguments of
+      the programs.
+    args: The options.
+    num_steps: Number of steps in an epoch.
+    mapped: Whether states, radii and labels have a leading axis of runs.
+  """
+  base_tx = optimizers.make_base_tx(args, args.epochs * num_steps)
+  make_tx = lambda rho: optimizers.OPTIMIZERS[optimizer](base_tx, rho, args)
+  is_sharpness_aware = optimizer in optimizers.SHARPNESS_AWARE
+
+  def init(rho, seed, split):
+    images = dataset.preprocess(split.images[:1])
+    params, model_state, key = init_run(model, jnp.uint32(seed), images)
+    position = Position(
+      key,
+      order=jnp.zeros(len(split.images), jnp.int32),
+      step=jnp.zeros([], jnp.int32),
+      loss=jnp.zeros([]),
+    )
+    return TrainState(params, model_state, make_tx(rho).init(params), position)
+
+  def make_step(perturb):
+    update = make_update(make_tx, model, args.label_smoothing, perturb=perturb)
+    if args.m_sharpness and is_sharpness_aware:
+      update = over_microbatches(update, args.m_sharpness)
+
+    def train_step(state, rho, split):
+      params, model_state, opt_state, (key, order, step, loss_sum) = state
+      # What fills no batch sits this epoch out.
+      indices = jax.lax.dynamic_slice_in_dim(
+        order, step * args.batch_size, args.batch_size
+      )
+      # One batch for both passes, images, BatchNorm and all.
+      batch = data.make_batch(
+        dataset,
+        split,
+        indices,
+        jax.random.fold_in(key, step) if args.augment else None,
+      )
+      updates, opt_state, model_state, loss = update(
+        params, model_state, opt_state, rho, batch
+      )
+      return TrainState(
+        optax.apply_updates(params, updates),
+        model_state,
+        opt_state,
+        Position(key, order, step + 1, loss_sum + loss),
+      )
+
+    if mapped:
+      train_step = jax.vmap(train_step, in_axes=(0, 0, data.LABELS_PER_RUN))
+    return jax.jit(train_step, donate_argnums=0)
+
+  plain_step = make_step(False)
+  sharp_step = make_step(True) if is_sharpness_aware else plain_step
+  return Programs(init, sharp_step, plain_step)

@@ -7,6 +7,7 @@ from pathlib import Path
 import runpy
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -24,18 +25,11 @@ import search
 
 EXAMPLES = Path(__file__).parents[1] / 'examples'
 
-# Two candidates by two seeds of the search are as many runs as four seeds at
-# the end, so that some programs are compiled but once.
-SEARCHED = ['--epochs=2', '--seeds=4', '--rho-sam=0.05,0.1', '--rho-asam=0.5,1']
+SEARCHED = ['--epochs=2', '--seeds=4', '--rho=sam=0.05,0.1', '--rho=asam=0.5,1']
 COMMANDS = {
   'searched': SEARCHED,
   'again': SEARCHED,
-  'unperturbed': [
-    '--epochs=2',
-    '--seeds=4,1,6,2',
-    '--rho-sam=0',
-    '--rho-asam=0',
-  ],
+  'unperturbed': ['--epochs=2', '--seeds=4,1,6,2', '--rho=0'],
 }
 
 
@@ -87,7 +81,7 @@ def finished(processes, name):
 
 def without_times(results):
   """``results`` without what differs between two runs that are the same."""
-  times = {'ms_per_step', 'time_ratio_to_sgd', 'seconds_per_step'}
+  times = {'ms_per_step', 'time_ratio_to_first', 'seconds_per_step'}
   if isinstance(results, dict):
     return {
       key: without_times(value)
@@ -102,17 +96,24 @@ def test_results(searched):
   _, results, _ = searched
   assert set(results) == {
     *('command', 'commit', 'versions', 'device', 'config'),
-    *('search', 'optimizers', 'wall_time_s'),
+    *('complete', 'search', 'optimizers', 'wall_time_s'),
   }
-  assert '--rho-sam=0.05,0.1' in results['command']
+  assert '--rho=sam=0.05,0.1' in results['command']
   assert results['versions']['jax'] == jax.__version__
   assert results['config']['seeds'] == [0, 1, 2, 3]
-  assert set(results['optimizers']) == {'SGD', 'SAM', 'ASAM'}
+  assert set(results['optimizers']) == {'sgd', 'sam', 'asam'}
   for result in results['optimizers'].values():
     curves = result['curves']
-    assert np.shape(curves['train_loss']) == (2, 4)
-    assert np.shape(curves['seconds_per_step']) == (2,)
-    assert result['train_loss']['per_seed'] == curves['train_loss'][-1]
+    for curve in ('train_loss', 'held_out_accuracy', 'seconds_per_step'):
+      assert np.shape(curves[curve]) == (2, 4)
+    accuracies = np.array(curves['held_out_accuracy'])
+    np.testing.assert_array_equal(
+      result['held_out_accuracy']['per_seed'], accuracies[-1]
+    )
+    np.testing.assert_array_equal(
+      result['oracle_best_epoch_held_out_accuracy']['per_seed'],
+      accuracies.max(axis=0),
+    )
     for quantity in (
       *('test_accuracy', 'held_out_accuracy', 'train_loss'),
       *('sharpness_sam_ball', 'sharpness_asam_ball'),
@@ -120,13 +121,13 @@ def test_results(searched):
       low, high = result[quantity]['interval_95']
       assert len(result[quantity]['per_seed']) == 4
       assert low < result[quantity]['mean'] < high
-  assert results['optimizers']['SGD']['time_ratio_to_sgd'] == 1
+  assert results['optimizers']['sgd']['time_ratio_to_first'] == 1
 
 
 def test_search_in_results(searched):
   """Other seeds are searched, and the best candidate is trained."""
   _, results, _ = searched
-  for name, rhos in (('SAM', [0.05, 0.1]), ('ASAM', [0.5, 1])):
+  for name, rhos in (('sam', [0.05, 0.1]), ('asam', [0.5, 1])):
     found = results['search'][name]
     scores = [c['held_out_accuracy']['mean'] for c in found['candidates']]
     assert [c['rho'] for c in found['candidates']] == rhos
@@ -158,12 +159,12 @@ def test_tables(searched):
       f'{result["sharpness_sam_ball"]["mean"]:.5f}',
       f'{result["sharpness_asam_ball"]["mean"]:.5f}',
       f'{result["ms_per_step"]:.2f}',
-      f'{result["time_ratio_to_sgd"]:.2f}',
+      f'{result["time_ratio_to_first"]:.2f}',
     ] in rows
   found = results['search']
   for i in range(2):
     row = []
-    for name in ('SAM', 'ASAM'):
+    for name in ('sam', 'asam'):
       candidate = found[name]['candidates'][i]
       chosen = '*' if candidate['rho'] == found[name]['rho'] else ''
       score = candidate['held_out_accuracy']['mean']
@@ -186,7 +187,7 @@ def test_no_perturbation(processes):
   assert 'Choice of rho' not in stdout
   sgd, sam, asam = (
     np.array(results['optimizers'][name]['curves']['train_loss'])
-    for name in ('SGD', 'SAM', 'ASAM')
+    for name in ('sgd', 'sam', 'asam')
   )
   np.testing.assert_allclose(sam, sgd, rtol=1e-5)
   np.testing.assert_allclose(asam, sgd, rtol=1e-5)
@@ -212,7 +213,10 @@ def test_refused(monkeypatch, capsys):
   ('args', 'words'),
   [
     (['--dataset=mnist'], ['--dataset', "'mnist'", 'digits']),
-    (['--model=cnn'], ['--model', "'cnn'", 'mlp']),
+    (['--data-dir=x'], ['--data-dir', 'digits', 'fashion_mnist']),
+    (['--train-size=1001'], ['--train-size', '1001', '1000']),
+    (['--augment'], ['--augment', 'digits', '--no-augment']),
+    (['--model=vgg'], ['--model', "'vgg'", 'resnet20']),
     (['--label-noise=1'], ['--label-noise', "'1'", '0.4']),
     (['--label-noise', '-0.1'], ['--label-noise', "'-0.1'", '0.4']),
     (['--label-noise=nan'], ['--label-noise', "'nan'", '0.4']),
@@ -227,12 +231,35 @@ def test_refused(monkeypatch, capsys):
     (['--seeds', '-1,2'], ['--seeds', "'-1,2'", '5 or 0,1,2']),
     (['--seeds=3,3'], ['--seeds', "'3,3'", '5 or 0,1,2']),
     (['--seeds=0,4294967296'], ['--seeds', "'0,4294967296'", '5 or 0,1,2']),
-    (['--rho-sam', '-1e-3,1'], ['--rho-sam', "'-1e-3,1'", '0.05,0.1,0.2']),
-    (['--rho-sam=nan,1'], ['--rho-sam', "'nan,1'", '0.05,0.1,0.2']),
-    (['--rho-sam='], ['--rho-sam', '0.05,0.1,0.2']),
-    (['--rho-asam=inf'], ['--rho-asam', "'inf'", '0.5,1,2']),
-    (['--rho-asam=1,1.0'], ['--rho-asam', "'1,1.0'", '0.5,1,2']),
-    (['--rho-sam=0.1,0.3'], ['--rho-asam', '2', '5', '--rho-asam 1,3']),
+    (['--rho', '-1e-3,1'], ['--rho', "'-1e-3,1'", 'asam=0.5,1,2']),
+    (['--rho=sam=nan,1'], ['--rho', "'sam=nan,1'", 'asam=0.5,1,2']),
+    (['--rho='], ['--rho', 'asam=0.5,1,2']),
+    (['--rho=inf'], ['--rho', "'inf'", 'asam=0.5,1,2']),
+    (['--rho=1,1.0'], ['--rho', "'1,1.0'", 'asam=0.5,1,2']),
+    (['--rho=sgd=1'], ['--rho', "'sgd=1'", 'asam=0.5,1,2']),
+    (['--rho=sam=0.1,0.3'], ['--rho', 'sam 2', 'asam 5', '--rho sam=']),
+    (['--optimizer=adam'], ['--optimizer', "'adam'", 'sgd,asam']),
+    (['--optimizer=sam,sam'], ['--optimizer', "'sam,sam'", 'sgd,asam']),
+    (
+      ['--optimizer=sgd', '--rho=1'],
+      ['--rho', 'sam and asam', 'ignored', '--optimizer sgd,asam'],
+    ),
+    (
+      ['--optimizer=sgd,sam', '--eta=1'],
+      ['--eta', 'asam', 'ignored', '--optimizer sgd,sam,asam'],
+    ),
+    (
+      ['--optimizer=asam', '--rho=sam=1'],
+      ['--rho', 'sam', 'not compared', '--optimizer asam,sam'],
+    ),
+    (['--ord=1'], ['--ord', "'1'", '2 or inf']),
+    (['--every-k=0'], ['--every-k', "'0'"]),
+    (['--m-sharpness=33'], ['--m-sharpness', '33', '100', '--m-sharpness 1']),
+    (
+      ['--preset=paper-cifar10', '--dataset=digits'],
+      ['--dataset', 'paper-cifar10', 'cifar10', 'digits'],
+    ),
+    (['--resume'], ['--resume', 'no interrupted run', 'Leave it']),
     (['--epoch=3'], ['unrecognized arguments', '--epoch=3', 'Write --help']),
   ],
 )
@@ -263,16 +290,30 @@ def test_out_beneath_a_file(capsys, tmp_path):
 
 
 def test_arguments(tmp_path):
-  """Lists are read; candidates become ascending, a single number counts."""
+  """Lists are read; candidates become ascending, and what is named wins."""
   out = f'--out={tmp_path}'
   args, dataset = arguments.parse(
-    ['--seeds', '7,2', '--rho-sam=0.2,0.1', '--rho-asam', '1,2', out]
+    ['--seeds', '7,2', '--rho', '0.2,0.1', '--rho=asam=2,1', out]
   )
   assert args.seeds == [7, 2]
-  assert args.rho_sam == [0.1, 0.2]
-  assert args.rho_asam == [1, 2]
-  assert arguments.parse([out])[0].seeds == [0, 1, 2, 3, 4]
+  assert args.rho == {'sam': [0.1, 0.2], 'asam': [1, 2]}
   assert len(dataset.train.labels) == 1000
+
+
+def test_preset(tmp_path, monkeypatch):
+  """A preset is the paper's recipe, and other options change it."""
+  monkeypatch.setitem(
+    data.DATASETS,
+    'cifar100',
+    lambda *_: data.digits()._replace(augment=lambda key, images: images),
+  )
+  args, _ = arguments.parse(
+    [f'--out={tmp_path}', '--preset=paper-cifar100', '--epochs=3']
+  )
+  assert (args.dataset, args.model) == ('cifar100', 'resnet20')
+  assert (args.epochs, args.batch_size, args.augment) == (3, 128, True)
+  assert (args.label_smoothing, args.weight_decay) == (0.1, 5e-4)
+  assert args.rho == {'sam': [0.1], 'asam': [1.0]}
 
 
 @pytest.mark.parametrize(
@@ -344,6 +385,28 @@ def flax_params(kernels, biases):
   }
 
 
+def evaluate(measure, linear):
+  """A measure of both classifiers, in one group and in two."""
+  model, kernels, biases, split = linear
+  params = flax_params(kernels, biases)
+  dataset = data.Dataset(3, split, split, split)
+
+  def group(params, n):
+    state = types.SimpleNamespace(params=params, model_state={})
+    return types.SimpleNamespace(runs=[None] * n, mapped=n > 1, state=state)
+
+  together = [group(params, 2)]
+  alone = [
+    group(jax.tree.map(lambda x, i=i: x[i], params), 1) for i in range(2)
+  ]
+  values = [
+    evaluation.evaluate(measure, groups, model, dataset, split)
+    for groups in (together, alone)
+  ]
+  np.testing.assert_allclose(*values, rtol=1e-5)
+  return values[0]
+
+
 def numpy_loss_and_grads(kernel, bias, images, labels):
   """Cross-entropy of a linear classifier in float64, and its gradient."""
   x = images.reshape(len(images), -1).astype(np.float64)
@@ -363,7 +426,7 @@ def numpy_loss_and_grads(kernel, bias, images, labels):
 )
 def test_sharpness(linear, quantity, rho, normalize):
   """Both balls against closed forms in float64."""
-  model, kernels, biases, split = linear
+  _, kernels, biases, split = linear
   expected = []
   for kernel, bias, labels in zip(kernels, biases, split.labels, strict=True):
     inputs = split.images, labels
@@ -377,57 +440,40 @@ def test_sharpness(linear, quantity, rho, normalize):
     )
     expected.append(perturbed_loss - loss)
   measure = evaluation.ON_TRAINING_SET[quantity]
-  np.testing.assert_allclose(
-    measure(flax_params(kernels, biases), model, split), expected, rtol=1e-4
-  )
+  np.testing.assert_allclose(evaluate(measure, linear), expected, rtol=1e-4)
 
 
 def test_loss_and_accuracy(linear):
   """Against float64, with labels of its own for each run."""
-  model, kernels, biases, split = linear
+  _, kernels, biases, split = linear
   losses, accuracies = [], []
   for kernel, bias, labels in zip(kernels, biases, split.labels, strict=True):
     losses.append(numpy_loss_and_grads(kernel, bias, split.images, labels)[0])
     logits = split.images.reshape(6, 4) @ kernel + bias
     accuracies.append(np.mean(logits.argmax(axis=1) == labels))
-  params = flax_params(kernels, biases)
   assert accuracies[0] != accuracies[1]
-  np.testing.assert_allclose(
-    evaluation.loss(params, model, split), losses, 1e-5
-  )
-  np.testing.assert_allclose(
-    evaluation.accuracy(params, model, split), accuracies
-  )
+  np.testing.assert_allclose(evaluate(evaluation.loss, linear), losses, 1e-5)
+  np.testing.assert_allclose(evaluate(evaluation.accuracy, linear), accuracies)
+
+
+def test_batches_of_measures(linear, monkeypatch):
+  """A loss is the same in batches, the last of which is smaller."""
+  whole = evaluate(evaluation.loss, linear)
+  monkeypatch.setattr(evaluation, 'BATCH_SIZE', 4)
+  np.testing.assert_allclose(evaluate(evaluation.loss, linear), whole, 1e-6)
 
 
 def test_search():
-  """The candidate is taken that does best over all seeds at the end."""
-  model = models.MLP(num_classes=3, hidden_sizes=())
-  ones = data.Split(np.zeros((5, 2, 2, 1), np.float32), np.ones(5, np.int32))
-  dataset = data.Dataset(3, ones, ones, ones)
-  trained = []
-
-  def train(rhos, seeds, split):
-    trained.extend(zip(rhos, seeds, strict=True))
-    assert split.labels.shape == (6, 5)
-    # Only rho = 0.2 learns that every image is of class 1; so does seed 8 of
-    # the first candidate.
-    right = [run in [(0.1, 8), (0.2, 8), (0.2, 9)] for run in trained]
-    biases = np.eye(3)[np.where(right, 1, 0)]
-    yield flax_params(np.zeros((6, 4, 3)), np.zeros((6, 3))), 1.0
-    yield flax_params(np.zeros((6, 4, 3)), biases), 1.0
-
-  found = search.search_rho(
-    train,
-    [0.1, 0.2, 0.5],
-    [8, 9],
-    model=model,
-    add_label_noise=lambda seeds: data.add_label_noise(dataset, 0, seeds),
-    track=iter,
-  )
-  assert trained == [(rho, seed) for rho in (0.1, 0.2, 0.5) for seed in (8, 9)]
-  np.testing.assert_array_equal(found.scores, [[1, 0], [1, 1], [0, 0]])
-  assert (found.rho, found.at_edge) == (0.2, False)
+  """Seeds are new, and the candidate is taken that does best over them all."""
+  rhos = {'sam': [0.1, 0.2, 0.5], 'asam': [1.0]}
+  runs = search.make_runs(rhos, [3, 7, 1])
+  assert [run[1:] for run in runs] == [
+    (rho, seed) for rho in rhos['sam'] for seed in (8, 9)
+  ]
+  found = search.make_searches(runs, [1, 0, 1, 1, 0, 0])
+  assert set(found) == {'sam'}
+  np.testing.assert_array_equal(found['sam'].scores, [[1, 0], [1, 1], [0, 0]])
+  assert (found['sam'].rho, found['sam'].at_edge) == (0.2, False)
 
 
 @pytest.mark.parametrize(
