@@ -7,7 +7,6 @@ import contextlib
 import json
 import math
 from pathlib import Path
-import tempfile
 from typing import Any
 from typing import NoReturn
 
@@ -422,33 +421,37 @@ def check_out(parser: Parser, args: argparse.Namespace) -> None:
   A run that was interrupted there is neither lost nor mixed with another: what
   it was started with is kept in a file beside its checkpoints.
   """
-  out = args.out
-  try:
-    out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out).close()
-  except OSError as error:
-    parser.error(
-      f'argument --out: must be a folder that can be written to, but got'
-      f" '{out}' ({error.strerror}). Write for example --out out/train."
-    )
-  file = out / 'checkpoints.json'
+  file = args.out / 'checkpoints.json'
   config = {
     name: value
     for name, value in reporting.to_json(vars(args)).items()
     if name not in NOT_CONFIG
   }
-  if not args.resume:
-    if file.exists():
-      parser.error(
-        f"argument --out: '{out}' holds a run that was interrupted. Write"
-        f' --resume to go on with it, or another --out; or remove {file}.'
-      )
+  if args.resume:
+    check_resumption(parser, file, config)
+  elif file.exists():
+    parser.error(
+      f"argument --out: '{args.out}' holds a run that was interrupted. Write"
+      f' --resume to go on with it, or another --out; or remove {file}.'
+    )
+  try:
+    args.out.mkdir(parents=True, exist_ok=True)
     reporting.write_json(file, config)
-    return
+  except OSError as error:
+    parser.error(
+      f'argument --out: must be a folder that can be written to, but got'
+      f" '{args.out}' ({error.strerror}). Write for example --out out/train."
+    )
+
+
+def check_resumption(
+  parser: Parser, file: Path, config: dict[str, Any]
+) -> None:
+  """Exits unless an interrupted run had the same options."""
   if not file.exists():
     parser.error(
-      f"argument --resume: there is no interrupted run in '{out}'. Leave it"
-      f' out, or write the --out of one.'
+      f"argument --resume: there is no interrupted run in '{file.parent}'."
+      f' Leave it out, or write the --out of one.'
     )
   started = json.loads(file.read_text())
   for name, value in config.items():

@@ -80,10 +80,10 @@ def add_time_ratios(optimizers: dict[str, Any]) -> dict[str, Any]:
   return optimizers
 
 
-def provenance(argv: Sequence[str]) -> dict[str, Any]:
-  """What ran, and on what."""
+def provenance(program: str, argv: Sequence[str]) -> dict[str, Any]:
+  """What ran, a file of this folder with its command line, and on what."""
   return {
-    'command': shlex.join(['python', 'examples/train.py', *argv]),
+    'command': shlex.join(['python', f'examples/{program}', *argv]),
     'commit': git_commit(),
     'versions': {
       'python': platform.python_version(),

@@ -80,7 +80,7 @@ def describe(
 ) -> dict[str, Any]:
   """What results.json holds."""
   return {
-    **reporting.provenance(argv),
+    **reporting.provenance('train.py', argv),
     'complete': bool(measured),
     'config': {
       **vars(args),

@@ -19,7 +19,6 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import archives
@@ -27,9 +26,8 @@ import augmentation
 import data
 import formats
 import input_cost
-import models
-from optax_asam import asam
 import sources
+import timing
 
 ROOT = Path(__file__).parents[1]
 
@@ -592,9 +590,9 @@ class Linear(nn.Module):
 def random_dataset(monkeypatch):
   """A small one of random pixels."""
   shape = (NUM_TRAIN, 6, 6, 3)
-  monkeypatch.setattr(input_cost, 'SHAPES', {'small': (sources.CIFAR10, shape)})
+  monkeypatch.setattr(timing, 'SHAPES', {'small': (sources.CIFAR10, shape)})
   monkeypatch.setattr(data, 'NUM_HELD_OUT', NUM_HELD_OUT)
-  return input_cost.random_dataset('small')
+  return timing.random_dataset('small')
 
 
 def test_batch(random_dataset):
@@ -614,33 +612,10 @@ def test_batch(random_dataset):
     assert np.any(expected != images) == (used_key is not None)
 
 
-def test_input_never_leaves_the_device(random_dataset):
-  """Steps of ASAM with their input: no transfer, and no call of the host."""
-  model, tx = Linear(), asam(optax.sgd(0.01))
-  get_batch = input_cost.make_get_batch(random_dataset, 8, augment=True)
-  train_step = input_cost.make_train_step(model, tx, get_batch)
-  key = jax.random.key(0)
-  params, model_state = models.init(
-    model, key, random_dataset.preprocess(random_dataset.train.images[:1])
-  )
-  state = input_cost.TrainState(
-    params, model_state, tx.init(params), jnp.int32(0), jnp.copy(key)
-  )
-  order = jnp.arange(len(random_dataset.train.labels))
-  inputs = jax.device_put(random_dataset.train), order
-  compiled_step = train_step.lower(state, inputs).compile()
-  text = compiled_step.as_text()
-  for word in ('callback"', 'infeed', 'outfeed'):  # The names of targets.
-    assert word not in text
-  with jax.transfer_guard('disallow'):
-    for _ in range(2 * len(order) // 8):
-      state = compiled_step(state, inputs)
-  assert int(state.step) == 2 * len(order) // 8
-
-
 def test_input_cost(random_dataset):
   """What the program measures: a time for each input in each round."""
-  seconds = input_cost.measure(random_dataset, Linear(), 8, rounds=2, steps=1)
+  measures = input_cost.make_measures(random_dataset, Linear(), 8, steps=1)
+  seconds = timing.time_in_turn(measures, rounds=2)
   assert set(seconds) == {'ready', 'gathered', 'augmented'}
   assert all(len(values) == 2 for values in seconds.values())
   assert min(map(min, seconds.values())) > 0

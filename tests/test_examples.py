@@ -29,7 +29,10 @@ SEARCHED = ['--epochs=2', '--seeds=4', '--rho=sam=0.05,0.1', '--rho=asam=0.5,1']
 COMMANDS = {
   'searched': SEARCHED,
   'again': SEARCHED,
-  'unperturbed': ['--epochs=2', '--seeds=4,1,6,2', '--rho=0'],
+  'unperturbed': [
+    *('--epochs=2', '--seeds=4,1,6,2', '--rho=0'),
+    '--merge-held-out',
+  ],
 }
 
 
@@ -86,7 +89,7 @@ def without_times(results):
     return {
       key: without_times(value)
       for key, value in results.items()
-      if key not in times | {'wall_time_s', 'command', 'out'}
+      if key not in times | {'wall_time_s', 'command', 'commit', 'out'}
     }
   return results
 
@@ -253,6 +256,15 @@ def test_refused(monkeypatch, capsys):
       ['--rho', 'sam', 'not compared', '--optimizer asam,sam'],
     ),
     (['--ord=1'], ['--ord', "'1'", '2 or inf']),
+    (['--ord=inf'], ['--ord', 'inf', 'by default', '--rho sam=']),
+    (
+      ['--rho=0.1', '--search-seeds=3'],
+      ['--search-seeds', 'ignored', '--rho 0.5,1'],
+    ),
+    (
+      ['--normalization=filterwise'],
+      ['--normalization', 'mlp', 'elementwise', '--model cnn'],
+    ),
     (['--every-k=0'], ['--every-k', "'0'"]),
     (['--m-sharpness=33'], ['--m-sharpness', '33', '100', '--m-sharpness 1']),
     (
@@ -466,7 +478,7 @@ def test_batches_of_measures(linear, monkeypatch):
 def test_search():
   """Seeds are new, and the candidate is taken that does best over them all."""
   rhos = {'sam': [0.1, 0.2, 0.5], 'asam': [1.0]}
-  runs = search.make_runs(rhos, [3, 7, 1])
+  runs = search.make_runs(rhos, [3, 7, 1], 2)
   assert [run[1:] for run in runs] == [
     (rho, seed) for rho in rhos['sam'] for seed in (8, 9)
   ]
