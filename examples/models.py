@@ -42,11 +42,11 @@ class MLP(nn.Module):
 
 
 class CNN(nn.Module):
-  """3 x 3 convolutions with max pooling, then a hidden dense layer.
+  """3 x 3 convolutions that halve the image, then a hidden dense layer.
 
   With Flax's initialization, like the MLP. On images of 28 x 28 x 1 it has
   207 k parameters, of 32 x 32 x 3 it has 269 k, nearly all of them in the dense
-  layer.
+  layer. Pooling instead of strides would make a step on CPU four times slower.
   """
 
   num_classes: int
@@ -59,20 +59,10 @@ class CNN(nn.Module):
     del train
     x = images
     for channels in self.channels:
-      x = nn.relu(max_pool(nn.Conv(channels, kernel_size=(3, 3))(x)))
+      conv = nn.Conv(channels, kernel_size=(3, 3), strides=2, padding=1)
+      x = nn.relu(conv(x))
     x = nn.relu(nn.Dense(self.hidden_size)(x.reshape(x.shape[0], -1)))
     return nn.Dense(self.num_classes)(x)
-
-
-def max_pool(x: jax.Array) -> jax.Array:
-  """The maximum of every 2 x 2 pixels; an odd row or column is left out.
-
-  On CPU the gradient of Flax's own costs more than the convolutions.
-  """
-  n, height, width, channels = x.shape
-  x = x[:, : height // 2 * 2, : width // 2 * 2]
-  x = x.reshape(n, height // 2, 2, width // 2, 2, channels)
-  return x.max(axis=(2, 4))
 
 
 # From the number of classes to a module.

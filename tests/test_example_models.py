@@ -226,9 +226,7 @@ def apply_cnn(images, params, stats, train):
   del train
   x = images
   for name in ('Conv_0', 'Conv_1'):
-    x = relu(convolve(x, params[name]))
-    x = np.maximum(x[:, :-1:2], x[:, 1::2])
-    x = np.maximum(x[:, :, :-1:2], x[:, :, 1::2])
+    x = relu(convolve(x, params[name], 2))
   x = relu(connect(x.reshape(len(x), -1), params['Dense_0']))
   return connect(x, params['Dense_1']), stats
 
@@ -314,19 +312,6 @@ def test_pad_shortcut():
       expected[0, i, j, :2] = x[0, 2 * i, 2 * j]
   y = resnet.pad_shortcut(jnp.asarray(x), channels=4, stride=2)
   np.testing.assert_array_equal(y, expected)
-
-
-def test_gradient_of_max_pool():
-  """That of Flax's pooling; what is left out has none."""
-  rng = np.random.default_rng(0)
-  x = rng.standard_normal((2, 5, 4, 3)).astype(np.float32)
-  weights = rng.standard_normal((2, 2, 2, 3)).astype(np.float32)
-
-  def gradient(pool):
-    return jax.grad(lambda x: jnp.sum(weights * pool(x)))(x)
-
-  pool = functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))
-  np.testing.assert_array_equal(gradient(models.max_pool), gradient(pool))
 
 
 @pytest.mark.parametrize(
