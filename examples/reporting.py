@@ -16,6 +16,7 @@ from typing import Any
 import flax
 import jax
 from matplotlib import ticker
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 import numpy as np
 import optax
@@ -256,6 +257,27 @@ def write_json(path: Path, results: Mapping[str, Any]) -> None:
     partial.write_text(text + '\n')
 
 
+def plot_interval(axes: Axes, curve: Any, *, color: str, label: str) -> None:
+  """Plots the mean of a curve [epochs, seeds] and its 95 % interval."""
+  mean, half_width = t_interval(curve)
+  epochs = np.arange(1, len(mean) + 1)
+  axes.plot(epochs, mean, color=color, label=label)
+  axes.fill_between(
+    epochs,
+    mean - half_width,
+    mean + half_width,
+    color=color,
+    alpha=0.2,
+    linewidth=0,
+  )
+
+
+def tidy(axes: Axes) -> None:
+  """A grid, and no frame above and to the right."""
+  axes.grid(alpha=0.3)
+  axes.spines[['top', 'right']].set_visible(False)
+
+
 def write_figure(path: Path, results: Mapping[str, Any]) -> None:
   """Draws training loss and held-out accuracy over the epochs."""
   config = results['config']
@@ -266,18 +288,9 @@ def write_figure(path: Path, results: Mapping[str, Any]) -> None:
       (loss_axes, 'train_loss'),
       (accuracy_axes, 'held_out_accuracy'),
     ):
-      mean, half_width = t_interval(result['curves'][quantity])
-      epochs = np.arange(1, len(mean) + 1)
       label = f'{name}, rho = {result["rho"]:g}' if result['rho'] else name
-      axes.plot(epochs, mean, color=COLORS[name], label=label)
-      axes.fill_between(
-        epochs,
-        mean - half_width,
-        mean + half_width,
-        color=COLORS[name],
-        alpha=0.2,
-        linewidth=0,
-      )
+      curve = result['curves'][quantity]
+      plot_interval(axes, curve, color=COLORS[name], label=label)
   loss_axes.set(ylabel='Training loss (cross-entropy, nats)', ylim=(0, None))
   accuracy_axes.set(ylabel='Held-out accuracy (%, noisy labels)')
   accuracy_axes.yaxis.set_major_formatter(
@@ -291,8 +304,7 @@ def write_figure(path: Path, results: Mapping[str, Any]) -> None:
   )
   for axes in (loss_axes, accuracy_axes):
     axes.set(xlabel='Epoch', xlim=(0, config['epochs']))
-    axes.grid(alpha=0.3)
-    axes.spines[['top', 'right']].set_visible(False)
+    tidy(axes)
   accuracy_axes.legend()
   interrupted = '' if results['complete'] else ' (interrupted)'
   figure.suptitle(

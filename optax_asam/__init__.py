@@ -2,6 +2,7 @@
 
 from optax_asam import ascent
 from optax_asam import normalization
+from optax_asam import sharpness
 from optax_asam.alias import asam
 from optax_asam.alias import sam
 from optax_asam.autodiff import grad
@@ -18,6 +19,7 @@ __all__ = (
   'grad',
   'normalization',
   'sam',
+  'sharpness',
   'sharpness_aware',
   'value_and_grad',
 )

@@ -47,19 +47,25 @@ def as_value_and_grad_fn(
     )
     return jnp.nan, grads
 
-  def checked_value_fn(params):
-    value = function(params)
-    if not _trees.is_float_array(value) or jnp.shape(value):
-      raise TypeError(
-        f'value_fn must return a real scalar, but returned'
-        f' {_trees.describe(value)}. Write for example'
-        f' value_fn=lambda p: loss_fn(p).mean(), or loss_fn(p)[0] where it'
-        f' returns auxiliary data, too.'
-      )
-    return value
-
   return (
     checked_grad_fn
     if value_fn is None
-    else jax.value_and_grad(checked_value_fn)
+    else jax.value_and_grad(checked_scalar_fn('value_fn', value_fn))
   )
+
+
+def checked_scalar_fn(name: str, function: ValueFn) -> ValueFn:
+  """``function``, called ``name``, with a check of what it returns."""
+
+  def checked(params):
+    value = function(params)
+    if not _trees.is_float_array(value) or jnp.shape(value):
+      raise TypeError(
+        f'{name} must return a real scalar, but returned'
+        f' {_trees.describe(value)}. Write for example'
+        f' {name}=lambda p: loss(p).mean(), or loss(p)[0] where it returns'
+        f' auxiliary data, too.'
+      )
+    return value
+
+  return checked

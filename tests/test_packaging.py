@@ -52,7 +52,8 @@ def test_wheel(wheel):
     names = set(archive.namelist())
     (metadata,) = [name for name in names if name.endswith('/METADATA')]
     text = archive.read(metadata).decode()
-  modules = {f'optax_asam/{p.name}' for p in (ROOT / 'optax_asam').glob('*.py')}
+  sources = (ROOT / 'optax_asam').rglob('*.py')
+  modules = {str(path.relative_to(ROOT)) for path in sources}
   package = {name for name in names if '.dist-info/' not in name}
   assert package == modules | {'optax_asam/py.typed'}
   requirements = {

@@ -1,0 +1,105 @@
+"""The mean over random points of a distribution shaped like the ball."""
+
+from typing import Any
+from typing import Literal
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_asam import _checks
+from optax_asam import _coordinates
+from optax_asam import _trees
+from optax_asam import normalization as _normalization
+from optax_asam.sharpness import _loss
+from optax_asam.sharpness import _points
+
+
+def average_case(
+  loss_fn: _loss.LossFn,
+  params: optax.Params,
+  rho: chex.Numeric,
+  key: jax.Array,
+  *,
+  normalization: _normalization.Normalization = _loss.ELEMENTWISE,
+  distribution: Literal['normal', 'uniform'] = 'normal',
+  ord: float = 2,
+  samples: int = 100,
+  mask: _trees.Mask | None = None,
+  batches: Any = None,
+) -> jax.Array:
+  r"""The mean rise of the loss at random points around the parameters.
+
+  .. math::
+    \mathbb{E}_\epsilon L(w + \epsilon) - L(w), \quad
+    \epsilon \sim \mathcal{N}(0, \rho^2 T_w^2)
+    \quad \text{or uniform in} \quad \|T_w^{-1} \epsilon\|_p \le \rho
+
+  It may be negative. A normal perturbation has a norm :math:`\|T_w^{-1}
+  \epsilon\|_2` of about :math:`\rho \sqrt{k}` with k parameters, a uniform one
+  of at most :math:`\rho`: radii of the two are not comparable.
+
+  Args:
+    loss_fn: As in :func:`worst_case`.
+    params: The parameters w, a pytree of floating arrays.
+    rho: The standard deviation or the radius :math:`\rho \ge 0`, a number or a
+      traced scalar.
+    key: A random key.
+    normalization: A function from ``params`` to :math:`T_w`.
+    distribution: ``'normal'`` or ``'uniform'``.
+    ord: The exponent p of the ball, 2 or inf, for a uniform distribution.
+    samples: Number of points, each of which costs a loss.
+    mask: Which leaves are perturbed, as in :func:`optax_asam.asam`.
+    batches: As in :func:`worst_case`; each batch has points of its own.
+
+  Returns:
+    The mean over the points, a scalar in the units of the loss, at least
+    float32.
+
+  Raises:
+    TypeError: An argument is of the wrong type, or the loss no real scalar.
+    ValueError: An argument is out of its range.
+
+  Examples:
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from optax_asam import normalization, sharpness
+    >>> average = sharpness.average_case(
+    ...     lambda params: jnp.sum(params**2), jnp.array([3.0, 4.0]), 0.5,
+    ...     jax.random.key(0), normalization=normalization.identity(),
+    ...     samples=10_000)
+    >>> print(average.round(1))  # 2 x 0.5^2
+    0.5
+
+  References:
+    Andriushchenko et al., `A Modern Look at the Relationship between Sharpness
+    and Generalization <https://arxiv.org/abs/2302.07011>`_, 2023, section 3.
+  """
+  _loss.check_arguments(loss_fn, params, rho, normalization, mask)
+  _points.check_ord(ord)
+  _checks.check_count('samples', samples)
+  if distribution not in ('normal', 'uniform'):
+    raise ValueError(
+      f"distribution must be 'normal' or 'uniform', but got {distribution!r}."
+      f" Write for example distribution='normal'."
+    )
+  coordinates = _coordinates.at(params, normalization, mask)
+  center = _loss.origin(params, coordinates)
+
+  def on_batch(loss_fn, key):
+    rise = _loss.rise(loss_fn, params, coordinates)
+
+    def sample(total, i):
+      sample_key = jax.random.fold_in(key, i)
+      if distribution == 'normal':
+        point = _points.normal(sample_key, center)
+      else:
+        point = _points.in_ball(sample_key, center, ord)
+      return total + rise(_points.scale(rho, point)), None
+
+    zero = jnp.zeros([], jax.eval_shape(rise, center).dtype)
+    total, _ = jax.lax.scan(sample, zero, jnp.arange(samples))
+    return total / samples
+
+  return _loss.mean_over_batches(on_batch, loss_fn, key, batches)

@@ -1,0 +1,195 @@
+"""The worst point of a normalized ball."""
+
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_asam import _checks
+from optax_asam import _coordinates
+from optax_asam import _trees
+from optax_asam import normalization as _normalization
+from optax_asam.sharpness import _loss
+from optax_asam.sharpness import _points
+from optax_asam.sharpness import _projected_ascent
+from optax_asam.sharpness import _step_rules
+
+_FIXED_STEPS = _step_rules.fixed_steps()
+
+
+def worst_case(
+  loss_fn: _loss.LossFn,
+  params: optax.Params,
+  rho: chex.Numeric,
+  *,
+  normalization: _normalization.Normalization = _loss.ELEMENTWISE,
+  ord: float = 2,
+  steps: int = 20,
+  step_rule: _step_rules.StepRule = _FIXED_STEPS,
+  restarts: int = 1,
+  key: jax.Array | None = None,
+  mask: _trees.Mask | None = None,
+  batches: Any = None,
+  unroll: int | bool = 1,
+) -> jax.Array:
+  r"""The rise of the loss to the worst point of the normalized ball.
+
+  .. math::
+    \max_{\|T_w^{-1} \epsilon\|_p \le \rho} L(w + \epsilon) - L(w)
+
+  by projected steepest ascent. The first run begins at w, and its first step
+  leads to the perturbation of :func:`optax_asam.asam`; the other ones begin at
+  random points of the ball. The best of all points seen counts, w among them:
+  the result is a lower bound of the maximum, never negative, and never smaller
+  with more restarts.
+
+  Args:
+    loss_fn: A function ``loss_fn(params)`` to a real scalar, or with
+      ``batches`` a function ``loss_fn(params, batch)``.
+    params: The parameters w, a pytree of floating arrays.
+    rho: The radius :math:`\rho \ge 0`, a number or a traced scalar.
+    normalization: A function from ``params`` to :math:`T_w`; by default that of
+      ASAM, ``normalization.identity()`` for plain sharpness.
+    ord: The exponent p of the ball, 2 or inf.
+    steps: Number of steps in a run, each of which costs a gradient.
+    step_rule: How far they go: :func:`fixed_steps` or :func:`apgd_steps`.
+    restarts: Number of runs.
+    key: A random key for the runs after the first.
+    mask: Which leaves are perturbed, as in :func:`optax_asam.asam`.
+    batches: None, or a pytree whose leaves have a leading axis of batches. Then
+      the result is the mean over the batches, for each of which the worst point
+      is another.
+    unroll: As for :func:`jax.lax.scan`, for the loop over the steps. On CPU,
+      XLA runs convolutions in a loop many times slower: True avoids that, and
+      compiles as many times longer as there are steps.
+
+  Returns:
+    The rise, a scalar in the units of the loss, at least float32. NaN if the
+    loss was NaN at any point.
+
+  Raises:
+    TypeError: An argument is of the wrong type, or the loss no real scalar.
+    ValueError: An argument is out of its range, or ``key`` is missing.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from optax_asam import normalization, sharpness
+    >>> loss_fn = lambda params: jnp.sum(params**2)
+    >>> params = jnp.array([3.0, 4.0])
+    >>> rise = sharpness.worst_case(
+    ...     loss_fn, params, 0.5, normalization=normalization.identity())
+    >>> print(f'{rise:.3f}')  # 5.5^2 - 5^2
+    5.250
+
+  References:
+    Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021, section 3;
+    Andriushchenko et al., `A Modern Look at the Relationship between Sharpness
+    and Generalization <https://arxiv.org/abs/2302.07011>`_, 2023, section 3.
+  """
+
+  def on_batch(loss_fn, key):
+    return worst_perturbation(
+      loss_fn,
+      params,
+      rho,
+      normalization=normalization,
+      ord=ord,
+      steps=steps,
+      step_rule=step_rule,
+      restarts=restarts,
+      key=key,
+      mask=mask,
+      unroll=unroll,
+    )[0]
+
+  return _loss.mean_over_batches(on_batch, loss_fn, key, batches)
+
+
+def worst_perturbation(
+  loss_fn: _loss.LossFn,
+  params: optax.Params,
+  rho: chex.Numeric,
+  *,
+  normalization: _normalization.Normalization = _loss.ELEMENTWISE,
+  ord: float = 2,
+  steps: int = 20,
+  step_rule: _step_rules.StepRule = _FIXED_STEPS,
+  restarts: int = 1,
+  key: jax.Array | None = None,
+  mask: _trees.Mask | None = None,
+  unroll: int | bool = 1,
+) -> tuple[jax.Array, optax.Params]:
+  r"""The result of :func:`worst_case`, and the perturbation that gives it.
+
+  Args:
+    loss_fn: A function ``loss_fn(params)`` to a real scalar.
+    params: As in :func:`worst_case`, and so are the arguments that follow.
+    rho: The radius.
+    normalization: A function from ``params`` to :math:`T_w`.
+    ord: The exponent p of the ball, 2 or inf.
+    steps: Number of steps in a run.
+    step_rule: How far they go.
+    restarts: Number of runs.
+    key: A random key for the runs after the first.
+    mask: Which leaves are perturbed.
+    unroll: As for :func:`jax.lax.scan`.
+
+  Returns:
+    The rise of the loss, a scalar, and :math:`\epsilon`, a pytree like
+    ``params`` in at least float32.
+
+  Raises:
+    TypeError: An argument is of the wrong type, or the loss no real scalar.
+    ValueError: An argument is out of its range, or ``key`` is missing.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import numpy as np
+    >>> from optax_asam import normalization, sharpness
+    >>> _, eps = sharpness.worst_perturbation(
+    ...     lambda params: jnp.sum(params**2), jnp.array([3.0, 4.0]), 0.5,
+    ...     normalization=normalization.identity())
+    >>> print(np.asarray(eps).round(3))
+    [0.3 0.4]
+  """
+  _loss.check_arguments(loss_fn, params, rho, normalization, mask)
+  _points.check_ord(ord)
+  _checks.check_count('steps', steps)
+  _checks.check_count('restarts', restarts)
+  if not isinstance(step_rule, _step_rules.StepRule):
+    raise TypeError(
+      f'step_rule must be a rule of steps, but got {step_rule!r}. Write for'
+      f' example step_rule=sharpness.fixed_steps(0.25) or'
+      f' step_rule=sharpness.apgd_steps().'
+    )
+  if restarts > 1 and key is None:
+    raise ValueError(
+      f'key must be given for restarts, but got None for restarts={restarts}.'
+      f' Write for example key=jax.random.key(0).'
+    )
+  coordinates = _coordinates.at(params, normalization, mask)
+  rise = _loss.rise(loss_fn, params, coordinates)
+  center = _loss.origin(params, coordinates)
+
+  def run(start):
+    return _projected_ascent.maximize(
+      rise, start, rho, ord, steps=steps, rule=step_rule, unroll=unroll
+    )
+
+  def restart(best, key):
+    point = _points.in_ball(key, center, ord)
+    return _projected_ascent.better(best, run(_points.scale(rho, point))), None
+
+  best = run(center)
+  if restarts > 1 and key is not None:
+    # Those of fewer restarts are the first of these.
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(
+      jnp.arange(1, restarts)
+    )
+    best, _ = jax.lax.scan(restart, best, keys)
+  value, u = best
+  # At w it is zero, of which a fused program may miss a bit.
+  return jnp.maximum(value, 0), coordinates.push(u)
