@@ -189,7 +189,7 @@ class Experiment:
     epochs = sum(len(each['train_loss']) for each in self.histories.values())
     self._checkpoints.save(
       epochs,
-      [group.state for group in self.groups],
+      groups.gather_states(self.groups),
       {'stage': self.stage, 'histories': self.histories},
     )
 
@@ -197,15 +197,14 @@ class Experiment:
     def make_states(progress):
       self.stage, self.histories = progress['stage'], progress['histories']
       self._make_runs()
-      return [group.state for group in self.groups]
+      return groups.gather_states(self.groups)
 
     restored = self._checkpoints.restore(make_states, report)
     if restored is None:
       self._start(STAGES[0] if self.searched else STAGES[1])
       return
     states, _ = restored
-    for group, state in zip(self.groups, states, strict=True):
-      group.state = state
+    groups.scatter_states(self.groups, states)
 
 
 def cost(optimizer: str) -> int:

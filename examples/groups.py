@@ -16,6 +16,7 @@ import data
 from training import Position
 from training import Programs
 from training import Run
+from training import TrainState
 from training import start_epoch
 
 
@@ -98,6 +99,36 @@ class Group:
     seconds = time.perf_counter() - start
     losses = np.atleast_1d(np.asarray(state.position.loss)) / self._num_steps
     return losses, seconds / self._num_steps / len(self.runs)
+
+
+def gather_states(groups: Sequence[Group]) -> dict[str, TrainState]:
+  """The states of all runs of each optimizer, with a leading axis of runs."""
+  states = {}
+  for name, mine in itertools.groupby(groups, key=_optimizer):
+    first, *others = mine
+    states[name] = (
+      first.state
+      if first.mapped
+      else stack([group.state for group in (first, *others)])
+    )
+  return states
+
+
+def scatter_states(
+  groups: Sequence[Group], states: dict[str, TrainState]
+) -> None:
+  """Gives each run its part of what :func:`gather_states` returned."""
+  for name, mine in itertools.groupby(groups, key=_optimizer):
+    for i, group in enumerate(mine):
+      group.state = (
+        states[name]
+        if group.mapped
+        else jax.tree.map(lambda x, i=i: x[i], states[name])
+      )
+
+
+def _optimizer(group: Group) -> str:
+  return group.runs[0].optimizer
 
 
 def make_groups(
