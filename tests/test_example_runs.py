@@ -13,6 +13,8 @@ import sys
 from matplotlib import image
 import pytest
 
+from support import program_env
+
 EXAMPLES = Path(__file__).parents[1] / 'examples'
 ARGUMENTS = [
   *('--optimizer=sgd,asam', '--rho=0.5,1', '--every-k=2'),
@@ -63,13 +65,7 @@ except KeyboardInterrupt:
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
   """Runs the program in a folder, with a signal or without."""
-  cache = tmp_path_factory.mktemp('cache')
-  env = {
-    **{key: os.environ[key] for key in os.environ if key != 'XLA_FLAGS'},
-    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-    'JAX_COMPILATION_CACHE_DIR': str(cache),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-  }
+  env = program_env(tmp_path_factory.mktemp('cache'))
 
   def run_in(out, *arguments, signal='SIGKILL', when='never'):
     program = PROGRAM.format(examples=str(EXAMPLES), signal=signal, when=when)

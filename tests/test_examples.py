@@ -2,7 +2,6 @@
 
 from concurrent import futures
 import json
-import os
 from pathlib import Path
 import runpy
 import subprocess
@@ -22,6 +21,7 @@ import evaluation
 import models
 import reporting
 import search
+from support import program_env
 
 EXAMPLES = Path(__file__).parents[1] / 'examples'
 
@@ -40,14 +40,7 @@ COMMANDS = {
 def processes(tmp_path_factory):
   """The folder of the folders of all commands, and how each command ended."""
   root = tmp_path_factory.mktemp('examples')
-  env = {
-    **{key: os.environ[key] for key in os.environ if key != 'XLA_FLAGS'},
-    # The program as it is compiles for longer than these tests may take.
-    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-    'JAX_COMPILATION_CACHE_DIR': str(root / 'cache'),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    'PYTHONIOENCODING': 'utf-8',
-  }
+  env = program_env(root / 'cache')
 
   def run(name):
     return subprocess.run(

@@ -256,3 +256,16 @@ def test_committed(written, part):
   now, then = written[1][part], committed[part]
   assert jax.tree.structure(now) == jax.tree.structure(then)
   assert jax.tree.leaves(now) == pytest.approx(jax.tree.leaves(then), abs=1e-5)
+
+
+def test_page():
+  """The page beside the results shows their numbers."""
+  page = (COMMITTED.parent / 'README.md').read_text()
+  results = json.loads((COMMITTED / 'results.json').read_text())
+  for row in results['trajectories']['beside_the_published']:
+    published, here = row['published'], row['here']
+    cells = (
+      f'({", ".join(f"{x:g}" for x in published)})',
+      f'({", ".join(f"{x:.3f}" for x in here)})',
+    )
+    assert f'| {" | ".join(cells)} |' in page
