@@ -77,6 +77,7 @@ def average_case(
     and Generalization <https://arxiv.org/abs/2302.07011>`_, 2023, section 3.
   """
   _loss.check_arguments(loss_fn, params, rho, normalization, mask)
+  _points.check_key(key)
   _points.check_ord(ord)
   _checks.check_count('samples', samples)
   if distribution not in ('normal', 'uniform'):
@@ -100,6 +101,6 @@ def average_case(
 
     zero = jnp.zeros([], jax.eval_shape(rise, center).dtype)
     total, _ = jax.lax.scan(sample, zero, jnp.arange(samples))
-    return total / samples
+    return _loss.at_radius(rho, total / samples)
 
   return _loss.mean_over_batches(on_batch, loss_fn, key, batches)

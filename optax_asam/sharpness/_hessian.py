@@ -30,10 +30,11 @@ def max_hessian_eigenvalue(
     \lambda_{\max}(T_w \nabla^2 L(w) \, T_w)
 
   by the Lanczos method from a random vector, with products of the Hessian and a
-  vector. At a minimum, where the gradient vanishes, :func:`worst_case` of p = 2
-  is :math:`\rho^2 \lambda_{\max} / 2` for a small :math:`\rho`. Three vectors
-  of the size of ``params`` are kept: without reorthogonalization the method
-  repeats eigenvalues that it has found, but the largest one stays right.
+  vector. At a minimum, where the gradient vanishes, the maximum that
+  :func:`worst_case` searches for p = 2, there with restarts, is :math:`\rho^2
+  \lambda_{\max} / 2` for a small :math:`\rho`. Three vectors of the size of
+  ``params`` are kept: without reorthogonalization the method repeats
+  eigenvalues that it has found, but the largest one stays right.
 
   Args:
     loss_fn: As in :func:`worst_case`, twice differentiable.
@@ -68,6 +69,7 @@ def max_hessian_eigenvalue(
     <https://doi.org/10.1093/imamat/10.3.373>`_, 1972.
   """
   _loss.check_arguments(loss_fn, params, 0.0, normalization, mask)
+  _points.check_key(key)
   _checks.check_count('steps', steps)
   coordinates = _coordinates.at(params, normalization, mask)
   center = _loss.origin(params, coordinates)

@@ -39,7 +39,21 @@ def origin(
   params: optax.Params, coordinates: _coordinates.Coordinates
 ) -> list[jax.Array]:
   """The origin of the coordinates."""
-  return [jnp.zeros_like(x) for x in coordinates.pull(params)]
+  zeros = [jnp.zeros_like(x) for x in coordinates.pull(params)]
+  if not sum(x.size for x in zeros):
+    raise ValueError(
+      f'params must hold a number to perturb, but got none in'
+      f' {_trees.describe(params)}. Pass the parameters of the model.'
+    )
+  return zeros
+
+
+def at_radius(rho: chex.Numeric, rise: jax.Array) -> jax.Array:
+  """``rise``, but zero at the radius zero, unless it is NaN.
+
+  There L(w + 0) and L(w) may be summed in different orders.
+  """
+  return jnp.where(jnp.asarray(rho) == 0, 0 * rise, rise)
 
 
 def mean_over_batches(

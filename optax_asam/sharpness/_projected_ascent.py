@@ -102,8 +102,8 @@ def better(
 def project(u: Arrays, radius: jax.typing.ArrayLike, p: float) -> Arrays:
   """The nearest point of the ball."""
   if p == math.inf:
-    radius = jnp.asarray(radius)
-    return [jnp.clip(x, -radius, radius) for x in u]
+    radii = [jnp.asarray(radius, x.dtype) for x in u]
+    return [jnp.clip(x, -r, r) for x, r in zip(u, radii, strict=True)]
   norm = l2_norm(u)
   scale = jnp.where(norm > radius, radius / jnp.where(norm > 0, norm, 1), 1)
   return [scale.astype(x.dtype) * x for x in u]

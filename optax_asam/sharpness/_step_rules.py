@@ -139,8 +139,10 @@ def apgd_steps() -> StepRule:
   def update(state, k, value, best):
     increases = state.increases + ((k > 0) & (value > state.value))
     is_checkpoint = state.is_checkpoint[k]
+    # A run that starts below zero has not stalled as it climbs.
+    last_best = jnp.where(k == 0, best, state.best)
     stalled = (increases < 0.75 * state.window[k]) | (
-      ~state.halved & (best <= state.best)
+      ~state.halved & (best <= last_best)
     )
     halve = is_checkpoint & stalled
     size = jnp.where(halve, state.size / 2, state.size)
@@ -151,7 +153,7 @@ def apgd_steps() -> StepRule:
         size=size,
         value=jnp.where(halve, best, value),
         increases=jnp.where(is_checkpoint, 0, increases),
-        best=jnp.where(is_checkpoint, best, state.best),
+        best=jnp.where(is_checkpoint, best, last_best),
         halved=jnp.where(is_checkpoint, halve, state.halved),
       ),
     )

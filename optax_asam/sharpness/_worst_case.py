@@ -46,6 +46,10 @@ def worst_case(
   the result is a lower bound of the maximum, never negative, and never smaller
   with more restarts.
 
+  One run stays where it begins if the gradient there is zero, and in a large
+  ball of p = inf it may end far below the maximum: give some restarts. Fixed
+  steps do not settle at a maximum inside the ball; those of APGD do.
+
   Args:
     loss_fn: A function ``loss_fn(params)`` to a real scalar, or with
       ``batches`` a function ``loss_fn(params, batch)``.
@@ -89,6 +93,7 @@ def worst_case(
     Andriushchenko et al., `A Modern Look at the Relationship between Sharpness
     and Generalization <https://arxiv.org/abs/2302.07011>`_, 2023, section 3.
   """
+  _loss.check_arguments(loss_fn, params, rho, normalization, mask)
 
   def on_batch(loss_fn, key):
     return worst_perturbation(
@@ -170,9 +175,11 @@ def worst_perturbation(
       f'key must be given for restarts, but got None for restarts={restarts}.'
       f' Write for example key=jax.random.key(0).'
     )
+  if key is not None:
+    _points.check_key(key)
   coordinates = _coordinates.at(params, normalization, mask)
-  rise = _loss.rise(loss_fn, params, coordinates)
   center = _loss.origin(params, coordinates)
+  rise = _loss.rise(loss_fn, params, coordinates)
 
   def run(start):
     return _projected_ascent.maximize(
@@ -192,4 +199,4 @@ def worst_perturbation(
     best, _ = jax.lax.scan(restart, best, keys)
   value, u = best
   # At w it is zero, of which a fused program may miss a bit.
-  return jnp.maximum(value, 0), coordinates.push(u)
+  return _loss.at_radius(rho, jnp.maximum(value, 0)), coordinates.push(u)
