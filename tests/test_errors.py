@@ -318,7 +318,7 @@ def test_result_of_value_fn(value_fn, phrase):
   """A scalar."""
   with pytest.raises(TypeError) as info:
     update(value_fn=value_fn)
-  assert_says(info, 'value_fn', 'scalar', phrase, 'loss_fn(p)')
+  assert_says(info, 'value_fn', 'scalar', phrase, 'loss(p)')
 
 
 def test_result_of_grad_fn_for_a_tuple():
