@@ -1,6 +1,8 @@
 """Promise: the measures of sharpness are what their formulas say."""
 
 import functools
+from pathlib import Path
+import re
 
 import jax
 from jax.flatten_util import ravel_pytree
@@ -948,6 +950,22 @@ def test_errors(functions, error, kwargs, phrases):
     with pytest.raises(error) as info:
       call(function, **kwargs)
     assert_says(info, *phrases)
+
+
+def test_page():
+  """The code of docs/sharpness.md runs: on a convex loss, two are positive."""
+  page = Path(__file__).parents[1] / 'docs' / 'sharpness.md'
+  (code,) = re.findall(r'```python\n(.*?)```', page.read_text(), re.DOTALL)
+  namespace = {
+    'jax': jax,
+    'loss_fn': lambda params, batch: (batch @ params['kernel']).var(),
+  }
+  exec(code, namespace)
+  batches = jax.random.normal(KEY, (2, 4, 2))
+  measured = namespace['measure'](PARAMS, batches, KEY)
+  assert set(measured) == {'worst case', 'average case', 'eigenvalue'}
+  assert measured['worst case'] > abs(measured['average case']) > 0
+  assert measured['eigenvalue'] > 0
 
 
 @pytest.mark.parametrize(('error', 'kwargs', 'phrases'), [*each_scale('size')])
