@@ -66,10 +66,10 @@ def average_case(
     >>> import jax.numpy as jnp
     >>> from optax_asam import normalization, sharpness
     >>> average = sharpness.average_case(
-    ...     lambda params: jnp.sum(params**2), jnp.array([3.0, 4.0]), 0.5,
+    ...     lambda params: jnp.sum(params**2), jnp.zeros(2), 0.5,
     ...     jax.random.key(0), normalization=normalization.identity(),
     ...     samples=10_000)
-    >>> print(average.round(1))  # 2 x 0.5^2
+    >>> print(f'{average:.1f}')  # 2 x 0.5^2
     0.5
 
   References:

@@ -59,10 +59,11 @@ def max_hessian_eigenvalue(
     >>> import jax.numpy as jnp
     >>> from optax_asam import normalization, sharpness
     >>> loss_fn = lambda params: 0.5 * params[0]**2 + 2.0 * params[1]**2
-    >>> print(sharpness.max_hessian_eigenvalue(
+    >>> eigenvalue = sharpness.max_hessian_eigenvalue(
     ...     loss_fn, jnp.array([3.0, 4.0]), jax.random.key(0),
-    ...     normalization=normalization.identity()).round(3))
-    4.0
+    ...     normalization=normalization.identity())
+    >>> print(f'{eigenvalue:.3f}')
+    4.000
 
   References:
     Paige, `Computational Variants of the Lanczos Method for the Eigenproblem
