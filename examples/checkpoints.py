@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 import hashlib
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -25,8 +26,9 @@ class Checkpoints:
   """
 
   def __init__(self, folder: pathlib.Path):
+    self._folder = folder.absolute()
     self._manager = ocp.CheckpointManager(
-      folder.absolute(),
+      self._folder,
       options=ocp.CheckpointManagerOptions(
         max_to_keep=NUM_KEPT, enable_async_checkpointing=False
       ),
@@ -84,9 +86,17 @@ class Checkpoints:
       except Exception as error:  # Whatever Orbax meets in a damaged file.
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         report(f'Checkpoint {step} is damaged, and left out: {reason}')
+        self._set_aside(step)
       else:
         return _with_keys(states, template), progress
     return None
+
+  def _set_aside(self, step: int) -> None:
+    """Renames a checkpoint: Orbax writes none whose number is not new."""
+    aside = self._folder / f'damaged-{step}'
+    shutil.rmtree(aside, ignore_errors=True)
+    (self._folder / str(step)).rename(aside)
+    self._manager.reload()
 
   def close(self) -> None:
     """Waits until everything is written."""

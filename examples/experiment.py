@@ -55,13 +55,11 @@ class Experiment:
       report: Is told what a person should know.
     """
     self.model: nn.Module = models.MODELS[args.model](dataset.num_classes)
-    self.histories: dict[str, History] = {}
     self._args = args
     self._dataset = dataset
     self._checkpoints = checkpoints.Checkpoints(args.out / 'checkpoints')
-    if args.resume:
-      self._restore(report)
-    else:
+    if not (args.resume and self._restore(report)):
+      self.histories: dict[str, History] = {}
       self._start(STAGES[0] if self.searched else STAGES[1])
 
   @property
@@ -193,7 +191,9 @@ class Experiment:
       {'stage': self.stage, 'histories': self.histories},
     )
 
-  def _restore(self, report: Callable[[str], None]) -> None:
+  def _restore(self, report: Callable[[str], None]) -> bool:
+    """Goes on from the newest checkpoint that is whole, if there is one."""
+
     def make_states(progress):
       self.stage, self.histories = progress['stage'], progress['histories']
       self._make_runs()
@@ -201,10 +201,11 @@ class Experiment:
 
     restored = self._checkpoints.restore(make_states, report)
     if restored is None:
-      self._start(STAGES[0] if self.searched else STAGES[1])
-      return
+      report('There is no whole checkpoint. The run starts anew.')
+      return False
     states, _ = restored
     groups.scatter_states(self.groups, states)
+    return True
 
 
 def cost(optimizer: str) -> int:

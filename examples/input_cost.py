@@ -146,12 +146,8 @@ def main(argv: Sequence[str]) -> None:
   model = models.MODELS[args.model](dataset.num_classes)
   measures = make_measures(dataset, model, args.batch_size, args.steps)
   seconds = timing.time_in_turn(measures, args.rounds)
-  print(
-    f'A step of ASAM, {args.model} on {args.batch_size} images like those of'
-    f' {args.dataset}, median of {args.rounds}, by its batch:'
-  )
-  for line in timing.write('input_cost.py', argv, args, seconds):
-    print(line)
+  what = 'A step of ASAM by its batch'
+  timing.report('input_cost.py', argv, args, what, seconds)
 
 
 if __name__ == '__main__':

@@ -46,7 +46,7 @@ class CNN(nn.Module):
 
   With Flax's initialization, like the MLP. On images of 28 x 28 x 1 it has
   207 k parameters, of 32 x 32 x 3 it has 269 k, nearly all of them in the dense
-  layer. Pooling instead of strides would make a step on CPU four times slower.
+  layer. Strides stand in for pooling, whose gradient is slow on CPU.
   """
 
   num_classes: int

@@ -39,9 +39,10 @@ def make_measures(
   split = jax.tree.map(
     lambda x: x[: args.steps * args.batch_size], dataset.train
   )
-  dataset = data.add_label_noise(dataset._replace(train=split), 0.0, args.seeds)
+  seeds = range(args.seeds)
+  dataset = data.add_label_noise(dataset._replace(train=split), 0.0, seeds)
   options = argparse.Namespace(**presets.DEFAULTS | vars(args))
-  runs = [training.Run('asam', 0.5, seed) for seed in args.seeds]
+  runs = [training.Run('asam', 0.5, seed) for seed in seeds]
 
   def make_measure(seed_axis):
     options.seed_axis = seed_axis
@@ -75,18 +76,13 @@ def main(argv: Sequence[str]) -> None:
     'out/seed_axis_cost',
   )
   parser.add_argument(
-    '--seeds', type=arguments.to_seeds, default='3', help='number of seeds'
+    '--seeds', type=arguments.count(3), default=3, help='number of seeds'
   )
   args = parser.parse_args(argv)
   measures = make_measures(args)
   seconds = timing.time_in_turn(measures, args.rounds)
-  print(
-    f'A step of ASAM and a seed, {args.model} on {args.batch_size} images like'
-    f' those of {args.dataset}, {len(args.seeds)} seeds, median of'
-    f' {args.rounds}:'
-  )
-  for line in timing.write('seed_axis_cost.py', argv, args, seconds):
-    print(line)
+  what = f'A step of ASAM and one of {args.seeds} seeds'
+  timing.report('seed_axis_cost.py', argv, args, what, seconds)
 
 
 if __name__ == '__main__':

@@ -6,7 +6,6 @@ after round, and the ratios of a round say more than its seconds.
 
 import argparse
 from collections.abc import Callable
-from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,40 +65,46 @@ def time_in_turn(
   return seconds
 
 
-def write(
+def report(
   program: str,
   argv: Sequence[str],
   args: argparse.Namespace,
+  what: str,
   seconds: Mapping[str, Sequence[float]],
-) -> Iterator[str]:
-  """Writes results.json; ratios are to the first that was timed.
+) -> None:
+  """Writes results.json and prints a table; ratios are to the first.
 
   Args:
     program: The name of the program's file.
     argv: Its command line.
     args: Its options.
-    seconds: Seconds a step, in each round, by what was timed.
-
-  Yields:
-    A line for each of them, for a person.
+    what: What was timed, for a person.
+    seconds: Seconds a step, in each round, by the name of what was timed.
   """
   first = next(iter(seconds))
-  results = {
-    **reporting.provenance(program, argv),
-    'config': vars(args),
-    'timed': {
-      name: {
-        'ms_per_step': 1000 * np.median(values),
-        'time_ratio_to_first': np.median(np.divide(values, seconds[first])),
-        'seconds_per_step': values,
-      }
-      for name, values in seconds.items()
-    },
+  timed = {
+    name: {
+      'ms_per_step': 1000 * np.median(values),
+      'time_ratio_to_first': np.median(np.divide(values, seconds[first])),
+      'seconds_per_step': values,
+    }
+    for name, values in seconds.items()
   }
   args.out.mkdir(parents=True, exist_ok=True)
-  reporting.write_json(args.out / 'results.json', results)
-  for name, timed in results['timed'].items():
-    yield (
-      f'  {name:10} {timed["ms_per_step"]:9.3f} ms, times'
-      f' {timed["time_ratio_to_first"]:.3f}'
+  reporting.write_json(
+    args.out / 'results.json',
+    {
+      **reporting.provenance(program, argv),
+      'config': vars(args),
+      'timed': timed,
+    },
+  )
+  print(
+    f'{what}, {args.model} on {args.batch_size} images like those of'
+    f' {args.dataset}, median of {args.rounds}:'
+  )
+  for name, each in timed.items():
+    print(
+      f'  {name:10} {each["ms_per_step"]:9.3f} ms, times'
+      f' {each["time_ratio_to_first"]:.3f}'
     )

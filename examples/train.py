@@ -84,6 +84,7 @@ def describe(
     'complete': bool(measured),
     'config': {
       **vars(args),
+      'ord': f'{args.ord:g}',  # JSON has no inf.
       'momentum': optimizers.MOMENTUM,
       'sharpness_rho': {
         'sam_ball': evaluation.SAM_BALL_RHO,

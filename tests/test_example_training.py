@@ -313,13 +313,17 @@ def test_damaged_checkpoints(tmp_path, damage, damaged):
     files = [f for f in (tmp_path / str(step)).rglob('*') if f.is_file()]
     damage(max(files, key=lambda file: file.stat().st_size))
   reports = []
-  restored = checkpoints.Checkpoints(tmp_path).restore(
-    lambda _: states(0), reports.append
-  )
+  opened = checkpoints.Checkpoints(tmp_path)
+  restored = opened.restore(lambda _: states(0), reports.append)
   gc.collect()
   assert len(reports) == len(damaged)
   for step, report in zip(reversed(damaged), reports, strict=True):
     assert report.startswith(f'Checkpoint {step} is damaged, and left out: ')
+  for step in damaged:  # Their numbers are free again.
+    opened.save(step, states(5), {})
+  assert opened.steps == [1, 2]
+  again, _ = opened.restore(lambda _: states(0), reports.append)
+  assert_same_bits(data_of(again), data_of(states(5)))
   if len(damaged) == 2:
     assert restored is None
   else:
