@@ -13,6 +13,7 @@ from typing import NoReturn
 import jax
 
 import data
+import m_sharpness
 import models
 import optimizers
 import presets
@@ -227,6 +228,11 @@ def make_parser() -> Parser:
     metavar='M',
     help='a perturbation for each group of M examples of a batch',
   )
+  add(
+    '--m-sharpness-by',
+    choices=m_sharpness.WAYS,
+    help='groups at once, one after the other, or one on each device (vmap)',
+  )
   add('--out', type=Path, help='folder for results (out/train)')
   add(
     '--resume',
@@ -377,11 +383,42 @@ def check_choices(
       ' as elementwise for --model mlp, which has none. Leave it out, or write'
       ' --model cnn.'
     )
-  if args.m_sharpness and args.batch_size % args.m_sharpness:
+  check_groups(parser, given, args)
+
+
+def check_groups(
+  parser: Parser, given: dict[str, Any], args: argparse.Namespace
+) -> None:
+  """Exits if a batch cannot be divided as ``--m-sharpness`` says."""
+  if not args.m_sharpness:
+    if 'm_sharpness_by' in given:
+      parser.error(
+        'argument --m-sharpness-by: is ignored without --m-sharpness. Leave it'
+        ' out, or write for example --m-sharpness 32.'
+      )
+    return
+  if args.batch_size % args.m_sharpness:
     parser.error(
       f'argument --m-sharpness: must divide the batch size,'
       f' {args.batch_size}, but got {args.m_sharpness}. Write for example'
       f' --m-sharpness {math.gcd(args.batch_size, args.m_sharpness)}.'
+    )
+  missing = m_sharpness.missing(args.m_sharpness_by)
+  if missing:
+    parser.error(
+      f'argument --m-sharpness-by: {args.m_sharpness_by} needs {missing} or'
+      f' newer. Install that, or write --m-sharpness-by vmap.'
+    )
+  num_groups, num_devices = (
+    args.batch_size // args.m_sharpness,
+    jax.device_count(),
+  )
+  if args.m_sharpness_by == 'shard_map' and num_groups != num_devices:
+    parser.error(
+      f'argument --m-sharpness-by: shard_map takes as many groups as there are'
+      f' devices, {num_devices}, but --batch-size {args.batch_size} and'
+      f' --m-sharpness {args.m_sharpness} make {num_groups}. Write for example'
+      f' --batch-size {num_devices * args.m_sharpness}.'
     )
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import data
+import m_sharpness
 from training import Position
 from training import Programs
 from training import Run
@@ -55,12 +56,13 @@ class Group:
     self._programs = programs
     self._every_k = args.every_k
     self._num_steps = len(split.images) // args.batch_size
-    states = [programs.init(run.rho, run.seed, split) for run in runs]
+    states = [programs.init(run.seed, split) for run in runs]
     rhos = [jnp.float32(run.rho) for run in runs]
-    self.state, self._rho = (
+    self.state, self._rho = jax.device_put(
       stack(list(zip(states, rhos, strict=True)))
       if self.mapped
-      else (states[0], rhos[0])
+      else (states[0], rhos[0]),
+      m_sharpness.placement(args.m_sharpness_by),
     )
     self._start_epoch = jit_start_epoch(self.mapped)
 
@@ -146,7 +148,9 @@ def make_groups(
       to what is compiled for it; see :func:`make_programs`.
     args: The options.
   """
-  split = jax.device_put(dataset.train)
+  split = jax.device_put(
+    dataset.train, m_sharpness.placement(args.m_sharpness_by)
+  )
   mapped = args.seed_axis == 'vmap'
   groups = []
   positions = range(len(runs))

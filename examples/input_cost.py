@@ -18,7 +18,6 @@ import time
 from typing import Any
 from typing import NamedTuple
 
-import chex
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -27,10 +26,11 @@ import optax
 
 import data
 import models
-from optax_asam import asam
+import optax_asam
 import timing
-import training
 
+# Whatever they are: the numbers cost no time.
+BASE_TX = optax.sgd(0.01, momentum=0.9)
 RHO = 0.5
 
 
@@ -64,24 +64,20 @@ def make_get_batch(
   return get_batch
 
 
-def make_tx(rho: chex.Numeric) -> optax.GradientTransformationExtraArgs:
-  """ASAM, whatever its learning rate: the numbers cost no time."""
-  return asam(optax.sgd(0.01, momentum=0.9), rho)
-
-
 def make_train_step(
   model: nn.Module, get_batch: GetBatch
 ) -> Callable[[TrainState, Any], TrainState]:
   """Makes a jitted step that gets its batch by itself."""
-  update = training.make_update(make_tx, model, 0.0, perturb=True)
+  value_and_grad = optax_asam.value_and_grad(
+    models.train_loss_fn, has_aux=True, rho=RHO
+  )
 
   @functools.partial(jax.jit, donate_argnums=0)
   def train_step(state, inputs):
     params, model_state, opt_state, step, key = state
     batch = get_batch(inputs, state)
-    updates, opt_state, model_state, _ = update(
-      params, model_state, opt_state, jnp.float32(RHO), batch
-    )
+    (_, model_state), grads = value_and_grad(params, model_state, model, batch)
+    updates, opt_state = BASE_TX.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
     return TrainState(params, model_state, opt_state, step + 1, key)
 
@@ -109,7 +105,7 @@ def make_measures(
     state = TrainState(
       params,
       model_state,
-      make_tx(RHO).init(params),
+      BASE_TX.init(params),
       jnp.int32(0),
       jnp.copy(key),
     )

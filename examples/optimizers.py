@@ -1,23 +1,30 @@
 """The optimizers that are compared, by name.
 
-To add one, write a function like :func:`make_asam` and name it in
-``OPTIMIZERS``.
+They differ in the gradient that they descend; how they do is the same for all:
+:func:`make_base_tx`. To add one, write a function like :func:`make_asam` and
+name it in ``OPTIMIZERS``.
 """
 
 import argparse
 from collections.abc import Callable
 
 import chex
+import jax
 import optax
 
-from optax_asam import asam
+import data
+import m_sharpness
+import models
+import optax_asam
 from optax_asam import normalization
-from optax_asam import sam
 
 MOMENTUM = 0.9
 
-# The axis of the parts of a batch that have a perturbation of their own.
-MICROBATCHES = 'microbatches'
+# From parameters, the model's state and a batch to the loss and the new state.
+LossFn = Callable[
+  [optax.Params, models.ModelState, data.Split],
+  tuple[jax.Array, models.ModelState],
+]
 
 NORMALIZATIONS: dict[str, Callable[[float], normalization.Normalization]] = {
   'elementwise': normalization.elementwise,
@@ -39,53 +46,62 @@ def make_base_tx(
 
 
 def make_sgd(
-  base_tx: optax.GradientTransformation,
-  rho: chex.Numeric,
-  args: argparse.Namespace,
-) -> optax.GradientTransformationExtraArgs:
-  """``base_tx`` alone, called like the others: grad_fn is ignored."""
+  loss_fn: LossFn, rho: chex.Numeric, args: argparse.Namespace
+) -> m_sharpness.ValueAndGrad:
+  """The gradient itself."""
   del rho, args
-  return optax.with_extra_args_support(base_tx)
+  return jax.value_and_grad(loss_fn, has_aux=True)
 
 
 def make_sam(
-  base_tx: optax.GradientTransformation,
-  rho: chex.Numeric,
-  args: argparse.Namespace,
-) -> optax.GradientTransformationExtraArgs:
-  """SAM around ``base_tx``."""
-  return sam(base_tx, rho, ord=args.ord, axis_name=axis_name(args))
-
-
-def make_asam(
-  base_tx: optax.GradientTransformation,
-  rho: chex.Numeric,
-  args: argparse.Namespace,
-) -> optax.GradientTransformationExtraArgs:
-  """ASAM around ``base_tx``."""
-  adaptive = NORMALIZATIONS[args.normalization](args.eta)
-  return asam(
-    base_tx,
-    rho,
-    adaptive=adaptive,
-    ord=args.ord,
-    axis_name=axis_name(args),
+  loss_fn: LossFn, rho: chex.Numeric, args: argparse.Namespace
+) -> m_sharpness.ValueAndGrad:
+  """The gradient of SAM."""
+  return optax_asam.value_and_grad(
+    loss_fn, has_aux=True, rho=rho, adaptive=False, ord=args.ord
   )
 
 
-def axis_name(args: argparse.Namespace) -> str | None:
-  """What gradients of microbatches are averaged over, where there are any."""
-  return MICROBATCHES if args.m_sharpness else None
+def make_asam(
+  loss_fn: LossFn, rho: chex.Numeric, args: argparse.Namespace
+) -> m_sharpness.ValueAndGrad:
+  """The gradient of ASAM."""
+  adaptive = NORMALIZATIONS[args.normalization](args.eta)
+  return optax_asam.value_and_grad(
+    loss_fn, has_aux=True, rho=rho, adaptive=adaptive, ord=args.ord
+  )
 
 
-# From a base optimizer, rho and the options to the optimizer that is compared.
-TxFactory = Callable[
-  [optax.GradientTransformation, chex.Numeric, argparse.Namespace],
-  optax.GradientTransformationExtraArgs,
-]
-OPTIMIZERS: dict[str, TxFactory] = {
+# From the loss, rho and the options to the gradient that is descended.
+OPTIMIZERS: dict[
+  str,
+  Callable[
+    [LossFn, chex.Numeric, argparse.Namespace], m_sharpness.ValueAndGrad
+  ],
+] = {
   'sgd': make_sgd,
   'sam': make_sam,
   'asam': make_asam,
 }
 SHARPNESS_AWARE = ('sam', 'asam')
+
+
+def make_value_and_grad(
+  optimizer: str,
+  loss_fn: LossFn,
+  rho: chex.Numeric,
+  args: argparse.Namespace,
+) -> m_sharpness.ValueAndGrad:
+  """The gradient of an optimizer, over groups of examples where they are asked.
+
+  Args:
+    optimizer: A name in ``OPTIMIZERS``.
+    loss_fn: The loss.
+    rho: The radius, which may be traced.
+    args: The options.
+  """
+  value_and_grad = OPTIMIZERS[optimizer](loss_fn, rho, args)
+  if args.m_sharpness and optimizer in SHARPNESS_AWARE:
+    way = m_sharpness.WAYS[args.m_sharpness_by]
+    return way(value_and_grad, args.m_sharpness)
+  return value_and_grad

@@ -24,6 +24,7 @@ DEFAULTS = {
   'ord': 2.0,
   'every_k': 1,
   'm_sharpness': None,
+  'm_sharpness_by': 'vmap',
   'out': Path('out/train'),
   'resume': False,
   'tensorboard': False,

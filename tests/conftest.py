@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import pages
+
 
 @pytest.fixture
 def x64():
@@ -29,3 +31,19 @@ def params():
     'kernel': jnp.asarray(rng.standard_normal((3, 2)), jnp.float32),
     'bias': jnp.asarray(rng.standard_normal(2), jnp.float32),
   }
+
+
+@pytest.fixture
+def snippet(request):
+  """Runs a Python block of the section of a page that the test is named after.
+
+  The module of the test has ``SNIPPETS`` and the ``loss_fn`` that they use.
+  """
+  blocks = request.module.SNIPPETS[request.function.__name__]
+
+  def run(index=0, **names):
+    return pages.run_snippet(
+      blocks[index], **{'loss_fn': request.module.loss_fn, **names}
+    )
+
+  return run

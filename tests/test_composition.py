@@ -7,16 +7,12 @@ does not accumulate in float32.
 """
 
 import collections
-import functools
-import pathlib
 import re
 from typing import Any
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec
 import numpy as np
 import optax
 import pytest
@@ -24,13 +20,12 @@ import pytest
 import optax_asam
 from optax_asam import asam
 from optax_asam import normalization
+import pages
 import reference
 from support import assert_same_bits
 from support import error
 
-PAGE = (
-  pathlib.Path(__file__).parents[1] / 'docs' / 'composition.md'
-).read_text()
+PAGE = pages.read_page('composition')
 PLACES = ('inside', 'before', 'after', 'around')
 ORDERS = ('right', 'other', 'wrong', 'error')
 
@@ -197,12 +192,6 @@ def update(tx):
 # The page: its rows and sections by the names of their tests.
 
 
-def slug(text):
-  """``text`` as a part of a function's name: MultiSteps is multi_steps."""
-  text = re.sub('(?<=[a-z])(?=[A-Z])', '_', text).lower()
-  return re.sub('[^a-z0-9]+', '_', text).strip('_')
-
-
 class Row(NamedTuple):
   """A row of the table."""
 
@@ -217,23 +206,14 @@ def read_rows():
   """A list of pairs of a test's name and a row."""
   lines = [line for line in PAGE.splitlines() if line.startswith('|')]
   rows = [Row(*map(str.strip, line.split('|')[1:-1])) for line in lines[2:]]
-  return [(f'test_{slug(row.name)}_{slug(row.where)}', row) for row in rows]
-
-
-def read_snippets():
-  """The Python blocks of each section that has one, by the test's name."""
-  sections = re.split('^## (.*)$', PAGE, flags=re.MULTILINE)[1:]
-  snippets = {
-    f'test_{slug(title)}': re.findall(
-      '^```python\n(.*?)^```', text, re.DOTALL | re.MULTILINE
-    )
-    for title, text in zip(sections[::2], sections[1::2], strict=True)
-  }
-  return {name: blocks for name, blocks in snippets.items() if blocks}
+  return [
+    (f'test_{pages.slug(row.name)}_{pages.slug(row.where)}', row)
+    for row in rows
+  ]
 
 
 ROWS = dict(read_rows())
-SNIPPETS = read_snippets()
+SNIPPETS = pages.read_snippets(PAGE)
 
 
 @pytest.fixture
@@ -242,24 +222,9 @@ def row(request):
   code = ROWS[request.function.__name__].written.strip('`')
 
   def evaluate(**names):
-    namespace = {'asam': asam, 'jax': jax, 'optax': optax}
-    return eval(code, {**namespace, 'optax_asam': optax_asam, **names})
+    return eval(code, {**pages.NAMESPACE, **names})
 
   return evaluate
-
-
-def run_snippet(test_name, index=0, **names):
-  """Runs a Python block of the test's section; returns the names in it."""
-  namespace = {'asam': asam, 'jax': jax, 'jnp': jnp, 'optax': optax}
-  namespace.update(loss_fn=loss_fn, **names)
-  exec(SNIPPETS[test_name][index], namespace)
-  return namespace
-
-
-@pytest.fixture
-def snippet(request):
-  """:func:`run_snippet` for the section of the test."""
-  return functools.partial(run_snippet, request.function.__name__)
 
 
 def test_every_row_is_tested():
@@ -278,8 +243,7 @@ def test_every_row_is_tested():
 
 def test_every_snippet_is_tested():
   """Every section with code has its test."""
-  assert set(SNIPPETS) <= set(globals())
-  assert sum(map(len, SNIPPETS.values())) == PAGE.count('```python')
+  pages.assert_all_tested(PAGE, SNIPPETS, globals())
 
 
 # chain
@@ -772,7 +736,8 @@ def test_hyperparameters_that_change(snippet, kwargs, operators):
 def test_injected_schedule():
   """inject_hyperparams evaluates a schedule of rho at each step."""
   params = as_jax(PARAMS)
-  names = run_snippet('test_hyperparameters_that_change', params=params)
+  code = SNIPPETS['test_hyperparameters_that_change'][0]
+  names = pages.run_snippet(code, params=params)
   tx = names['injected'](SGD, rho=lambda count: 0.1 * (count + 1))
   params = PARAMS
   for step, updates in enumerate(run(tx, BATCHES).updates):
@@ -855,25 +820,3 @@ def test_the_state(snippet):
   )
   assert_same_bits(names['halved'][1][0], halved_moments)
   assert_same_bits(names['halved'][0], state[0])
-
-
-@pytest.mark.skipif(
-  not hasattr(jax.lax, 'pcast'), reason='older JAX has no varying axes'
-)
-def test_devices(snippet):
-  """The snippet descends the mean of the devices' ASAM gradients."""
-  n = len(WHOLE_BATCH[0])  # one example a device
-  tx = asam(SGD, axis_name='devices')
-  train_step = jax.shard_map(
-    snippet(tx=tx)['train_step'],
-    mesh=Mesh(jax.devices()[:n], ['devices']),
-    in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec('devices')),
-    out_specs=PartitionSpec(),
-  )
-  params, batch = as_jax((PARAMS, WHOLE_BATCH))
-  result, _ = jax.jit(train_step)(params, tx.init(params), batch)
-  examples = [
-    tuple(array[i : i + 1] for array in WHOLE_BATCH) for i in range(n)
-  ]
-  each = [sharp_grad(PARAMS, example) for example in examples]
-  assert_close(result, add(PARAMS, sgd(mean(each))))

@@ -15,15 +15,17 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tensorboardX.proto import event_pb2
 
 import checkpoints
 import data
 import groups
+import m_sharpness
 import models
+from optax_asam import asam
 from optax_asam import normalization
-from optax_asam import value_and_grad
 import presets
 import summaries
 from support import assert_same_bits
@@ -33,6 +35,12 @@ import training
 
 NUM_EXAMPLES = 18
 NUM_EPOCHS = 2
+
+
+def newer_for(way):
+  """Skips a test of a way for which what is installed is too old."""
+  missing = m_sharpness.missing(way)
+  return pytest.mark.skipif(bool(missing), reason=f'needs {missing}')
 
 
 class Normalized(nn.Module):
@@ -96,10 +104,21 @@ def mean(trees):
   return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *trees)
 
 
+def gradient(tx, params, model_state, batch, label_smoothing):
+  """The clean loss and state of a pass, and the gradient that is descended."""
+  value_and_grad = jax.value_and_grad(
+    functools.partial(models.train_loss_fn, label_smoothing=label_smoothing),
+    has_aux=True,
+  )
+  grad_fn = lambda p: value_and_grad(p, model_state, Normalized(), batch)[1]
+  out, grads = value_and_grad(params, model_state, Normalized(), batch)
+  return out, tx.update(grads, tx.init(params), params, grad_fn=grad_fn)[0]
+
+
 def take_epoch(state, split, position, first_step, optimizer, rho, args):
   """An epoch by hand: ``(params, velocity, model_state)`` and the mean loss.
 
-  The second gradient comes from ``value_and_grad``, and SGD from its formula.
+  The second gradient comes from ``asam``, and SGD from its formula.
   """
   losses = []
   num_steps = NUM_EXAMPLES // args.batch_size
@@ -111,10 +130,8 @@ def take_epoch(state, split, position, first_step, optimizer, rho, args):
     if args.augment:
       images = add_noise(jax.random.fold_in(position.key, i), images)
     perturbed = optimizer != 'sgd' and step % args.every_k == 0
-    estimator = value_and_grad(
-      functools.partial(
-        models.train_loss_fn, label_smoothing=args.label_smoothing
-      ),
+    tx = asam(
+      optax.identity(),
       rho=rho if perturbed else 0.0,
       adaptive=(
         normalization.layerwise(args.eta)
@@ -122,18 +139,18 @@ def take_epoch(state, split, position, first_step, optimizer, rho, args):
         else optimizer == 'asam'
       ),
       ord=args.ord,
-      has_aux=True,
     )
-    size = args.m_sharpness or args.batch_size
+    num_groups = args.batch_size // (args.m_sharpness or args.batch_size)
     (loss, model_state), grads = mean(
       [
-        estimator(
+        gradient(
+          tx,
           params,
           model_state,
-          Normalized(),
-          data.Split(images[j : j + size], labels[j : j + size]),
+          data.Split(images[j::num_groups], labels[j::num_groups]),
+          args.label_smoothing,
         )
-        for j in range(0, args.batch_size, size)
+        for j in range(num_groups)
       ]
     )
     lr = 0.5 * args.lr * (1 + math.cos(math.pi * step / num_steps / NUM_EPOCHS))
@@ -159,6 +176,16 @@ def take_epoch(state, split, position, first_step, optimizer, rho, args):
     ('asam', {'ord': math.inf, 'every_k': 2}),
     ('asam', {'normalization': 'layerwise', 'eta': 0.1}),
     ('asam', {'m_sharpness': 4, 'batch_size': 8, 'weight_decay': 0.1}),
+    pytest.param(
+      'asam',
+      {'m_sharpness': 4, 'm_sharpness_by': 'microbatching', 'batch_size': 8},
+      marks=newer_for('microbatching'),
+    ),
+    pytest.param(
+      'asam',
+      {'m_sharpness': 2, 'm_sharpness_by': 'shard_map', 'batch_size': 16},
+      marks=newer_for('shard_map'),
+    ),
   ],
 )
 def test_against_training_by_hand(dataset, seed_axis, optimizer, changes):

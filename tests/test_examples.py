@@ -260,6 +260,14 @@ def test_refused(monkeypatch, capsys):
     ),
     (['--every-k=0'], ['--every-k', "'0'"]),
     (['--m-sharpness=33'], ['--m-sharpness', '33', '100', '--m-sharpness 1']),
+    (['--m-sharpness-by=vmap'], ['--m-sharpness-by', '--m-sharpness 32']),
+    pytest.param(
+      ['--m-sharpness=25', '--m-sharpness-by=shard_map'],
+      ['--m-sharpness-by', '8', '4', '--batch-size 200'],
+      marks=pytest.mark.skipif(
+        not hasattr(jax.lax, 'pcast'), reason='JAX has no jax.lax.pcast yet'
+      ),
+    ),
     (
       ['--preset=paper-cifar10', '--dataset=digits'],
       ['--dataset', 'paper-cifar10', 'cifar10', 'digits'],

@@ -1,9 +1,18 @@
-"""Promise: axis_name averages what leaves, and replicas never diverge."""
+"""Promise: eight devices take the steps of one, however arrays are split.
+
+Here ``jax.jit`` gets arrays that say how. For ``shard_map`` and ``pmap`` see
+test_axis_name.py.
+"""
+
+import functools
+from typing import NamedTuple
 
 import jax
+from jax.experimental import mesh_utils
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 import pytest
@@ -11,179 +20,198 @@ import pytest
 from optax_asam import asam
 from support import error
 
-DEVICES = 8
+INPUTS, HIDDEN, OUTPUTS, EXAMPLES = 16, 32, 8, 16
+STEPS = 10
+TOLERANCES = {np.float32: 5e-6, np.float64: 1e-12}
 
 
-def loss_fn(params, x):
-  """A smooth loss of a batch [n, 3]."""
-  return jnp.mean((jnp.tanh(x * params['w']) + params['b']) ** 2)
+class Layout(NamedTuple):
+  """How arrays lie on the eight devices.
 
-
-needs_pcast = pytest.mark.skipif(
-  not hasattr(jax.lax, 'pcast'), reason='JAX has no jax.lax.pcast yet'
-)
-
-
-def shard_map(function, *, check_vma=True, **kwargs):
-  """``jax.shard_map``, also where JAX keeps it in its experimental part."""
-  if hasattr(jax, 'shard_map'):
-    return jax.shard_map(function, check_vma=check_vma, **kwargs)
-  from jax.experimental.shard_map import shard_map
-
-  return shard_map(function, check_rep=check_vma, **kwargs)
-
-
-def average_descent(g, perturbed_g):
-  """A descent that depends on both gradients, and not linearly."""
-  return jax.tree.map(lambda a, b: a * b, g, perturbed_g)
-
-
-@pytest.fixture
-def params():
-  """A vector and a bias."""
-  return {'w': jnp.arange(1.0, 4.0), 'b': jnp.ones(3)}
-
-
-@pytest.fixture
-def batch():
-  """Two examples a device."""
-  x = np.random.default_rng(0).standard_normal((2 * DEVICES, 3))
-  return jnp.asarray(x, jnp.float32)
-
-
-def reference_run(params, batch, tx, steps, *, shared, every_k, descent):
-  """On one device: a perturbation a group, then the mean of the gradients.
-
-  ``tx`` here is the base; the perturbations come from asam around sgd(1).
+  Attributes:
+    mesh: The sizes of the mesh's axes, by name.
+    params: The split of each parameter.
+    batch: The split of the batch.
+    explicit: Whether shardings are part of the types of arrays.
   """
-  groups = batch.reshape(DEVICES, -1, 3)
-  mean = lambda tree: jax.tree.map(lambda x: x.mean(0), tree)
-  extract = asam(optax.scale(1.0), rho=0.5)  # hands g~ on
-  state = tx.init(params)
-  for step in range(steps):
-    local = jax.vmap(jax.grad(loss_fn), (None, 0))(params, groups)
-    grads = mean(local)
-    if step % every_k == 0:
 
-      def perturbed_grad(g, x, params=params):
-        grad_fn = lambda p: jax.grad(loss_fn)(p, x)
-        return extract.update(g, extract.init(params), params, grad_fn=grad_fn)[
-          0
-        ]
-
-      if shared:
-        perturbed = jax.vmap(perturbed_grad, (None, 0))(grads, groups)
-      else:
-        perturbed = jax.vmap(perturbed_grad)(local, groups)
-      perturbed = mean(perturbed)
-      grads = descent(grads, perturbed) if descent else perturbed
-    updates, state = tx.update(grads, state, params)
-    params = optax.apply_updates(params, updates)
-  return params
+  mesh: dict[str, int]
+  params: dict[str, P]
+  batch: P
+  explicit: bool = False
 
 
-@pytest.mark.parametrize('shared', [False, True])
-@pytest.mark.parametrize('descent', [None, average_descent])
-@pytest.mark.parametrize('every_k', [1, 2])
-@pytest.mark.parametrize(
-  'way',
-  [
-    pytest.param('shard_map', marks=needs_pcast),
-    'unchecked shard_map',
-    'pmap',
-  ],
-)
-def test_axis_name(params, batch, way, every_k, descent, shared):
-  """Local gradients: a perturbation a device. Averaged ones: a shared one."""
-  tx = asam(
-    optax.sgd(0.1, momentum=0.9),
-    every_k=every_k,
-    descent=descent,
-    axis_name='devices',
+WHOLE = {'kernel': P(), 'bias': P(), 'out_kernel': P(), 'out_bias': P()}
+SPLIT = {
+  'kernel': P('data', None),
+  'bias': P('data'),
+  'out_kernel': P('data', None),
+  'out_bias': P('data'),
+}
+LAYOUTS = {
+  'data parallel': Layout({'data': 8}, WHOLE, P('data')),
+  'fully sharded': Layout({'data': 8}, SPLIT, P('data')),
+  'tensor parallel': Layout(
+    {'model': 8},
+    {
+      'kernel': P(None, 'model'),
+      'bias': P('model'),
+      'out_kernel': P('model', None),
+      'out_bias': P(),
+    },
+    P(),
+  ),
+  '2-D': Layout(
+    {'data': 4, 'model': 2},
+    {
+      'kernel': P('data', 'model'),
+      'bias': P('model'),
+      'out_kernel': P('model', 'data'),
+      'out_bias': P('data'),
+    },
+    P('data'),
+  ),
+  'explicit, data parallel': Layout({'data': 8}, WHOLE, P('data'), True),
+  'explicit, fully sharded': Layout({'data': 8}, SPLIT, P('data'), True),
+}
+
+
+def make_mesh(layout):
+  """The mesh of a layout, in the kind that it asks for."""
+  shape, names = tuple(layout.mesh.values()), tuple(layout.mesh)
+  if layout.explicit:
+    types = (jax.sharding.AxisType.Explicit,) * len(names)
+    return jax.make_mesh(shape, names, axis_types=types)
+  return Mesh(mesh_utils.create_device_mesh(shape), names)
+
+
+def make_params(dtype):
+  """Parameters of a network with one hidden layer."""
+  rng = np.random.default_rng(0)
+  shapes = {
+    'kernel': (INPUTS, HIDDEN),
+    'bias': (HIDDEN,),
+    'out_kernel': (HIDDEN, OUTPUTS),
+    'out_bias': (OUTPUTS,),
+  }
+  return {
+    name: (rng.standard_normal(shape) / 4).astype(dtype)
+    for name, shape in shapes.items()
+  }
+
+
+def make_batch(dtype):
+  """Inputs and targets."""
+  rng = np.random.default_rng(1)
+  return tuple(
+    rng.standard_normal((EXAMPLES, size)).astype(dtype)
+    for size in (INPUTS, OUTPUTS)
   )
-  checked = way == 'shard_map'
 
-  def step(params, state, x):
-    local = params
-    if checked:
-      # The gradient of a replicated parameter would be summed over the axis.
-      local = jax.lax.pcast(params, 'devices', to='varying')
-    value_fn = lambda p: loss_fn(p, x)
-    grads = jax.grad(value_fn)(local)
-    if shared:
-      grads = jax.lax.pmean(grads, 'devices')
-    updates, state = tx.update(grads, state, local, value_fn=value_fn)
-    return optax.apply_updates(params, updates), state
 
-  carry = params, tx.init(params)
-  if way == 'pmap':
-    step = jax.pmap(step, axis_name='devices')
-    carry = jax.tree.map(lambda x: jnp.stack([x] * DEVICES), carry)
-    batch_in = batch.reshape(DEVICES, -1, 3)
-  else:
-    mesh = jax.make_mesh((DEVICES,), ('devices',))
-    replicated, split = PartitionSpec(), PartitionSpec('devices')
-    step = jax.jit(
-      shard_map(
-        step,
-        mesh=mesh,
-        in_specs=(replicated, replicated, split),
-        out_specs=(replicated, replicated),
-        check_vma=checked,
-      )
+def loss_fn(params, batch):
+  """A smooth loss: a small change of w or eps changes it a little."""
+  x, y = batch
+  hidden = jnp.tanh(x @ params['kernel'] + params['bias'])
+  return jnp.mean((hidden @ params['out_kernel'] + params['out_bias'] - y) ** 2)
+
+
+def make_train_step(tx, gather=lambda params: params):
+  """A step as in the README; ``gather`` makes parameters whole on a device."""
+
+  @jax.jit
+  def train_step(params, state, batch):
+    value_fn = lambda p: loss_fn(gather(p), batch)
+    grads = jax.grad(value_fn)(params)
+    updates, state = tx.update(grads, state, params, value_fn=value_fn)
+    return optax.apply_updates(params, updates), state, grads
+
+  return train_step
+
+
+def init(tx, params, mesh):
+  """The state, its scalars on all devices, where a step will leave them.
+
+  Else the second step, which would find them elsewhere, compiles once more.
+  """
+  whole = NamedSharding(mesh, P())
+  return jax.tree.map(
+    lambda x: x if x.shape else jax.device_put(x, whole), tx.init(params)
+  )
+
+
+def make_tx(ord):
+  """ASAM around SGD with momentum, whose state is as large as the parameters.
+
+  At p = inf rho is the part of itself by which each weight moves.
+  """
+  return asam(
+    optax.sgd(0.1, momentum=0.9), rho=0.5 if ord == 2 else 0.05, ord=ord
+  )
+
+
+def assert_split_like(tree, params, mesh, specs):
+  """What has a parameter's shape is split like it; the rest are scalars."""
+  shapes = {params[name].shape: name for name in specs}
+  leaves = jax.tree.leaves(tree)
+  for leaf in leaves:
+    if leaf.shape == ():
+      assert leaf.sharding.is_fully_replicated
+      continue
+    name = shapes[leaf.shape]
+    expected = NamedSharding(mesh, specs[name]).shard_shape(leaf.shape)
+    assert {s.data.shape for s in leaf.addressable_shards} == {expected}, name
+  return len(leaves)
+
+
+@functools.cache
+def one_device(dtype, ord):
+  """Parameters, state and the gradient before, of each step on one device."""
+  tx = make_tx(ord)
+  params = make_params(dtype)
+  step, carry = make_train_step(tx), (params, tx.init(params))
+  results = []
+  for _ in range(STEPS):
+    *carry, grads = step(*carry, make_batch(dtype))
+    results.append(jax.device_get((*carry, grads)))
+  return results
+
+
+@pytest.mark.parametrize('ord', [2, np.inf])
+@pytest.mark.parametrize('dtype', [np.float32, np.float64])
+@pytest.mark.parametrize('name', LAYOUTS)
+def test_layout(request, name, dtype, ord):
+  """One step and ten are those of one device, and all stays split."""
+  if dtype == np.float64:
+    request.getfixturevalue('x64')
+  layout = LAYOUTS[name]
+  if layout.explicit and not hasattr(jax.sharding, 'AxisType'):
+    pytest.skip('JAX has no explicit meshes yet')
+  mesh = make_mesh(layout)
+
+  def gather(tree):
+    if not layout.explicit:
+      return tree
+    return jax.tree.map(
+      lambda x: jax.sharding.reshard(x, NamedSharding(mesh, P())), tree
     )
-    batch_in = jax.device_put(batch, NamedSharding(mesh, split))
-    carry = jax.device_put(carry, NamedSharding(mesh, replicated))
-  for _ in range(3):
-    carry = step(*carry, batch_in)
 
-  expected = reference_run(
-    params,
-    batch,
-    optax.sgd(0.1, momentum=0.9),
-    3,
-    shared=shared,
-    every_k=every_k,
-    descent=descent,
+  tx = make_tx(ord)
+  step = make_train_step(tx, gather)
+  params = jax.device_put(
+    make_params(dtype),
+    {leaf: NamedSharding(mesh, spec) for leaf, spec in layout.params.items()},
   )
-  replicas = [
-    jax.tree.map(lambda x, i=i: np.asarray(x.addressable_data(i)), carry)
-    for i in range(DEVICES)
-  ]
-  for replica in replicas[1:]:
-    np.testing.assert_equal(replica, replicas[0])
-  result, state = replicas[0]
-  assert (
-    error(jax.tree.map(np.squeeze, result), jax.tree.map(np.asarray, expected))
-    < 1e-5
-  )
-  # The last of three steps takes a second gradient, every_k being 1 or 2.
-  assert np.isfinite(state[0].perturbed_value).all()
-
-
-@needs_pcast
-def test_replicated_gradients_are_summed(params, batch):
-  """The trap: without pcast shard_map hands over sums, and pmean keeps them."""
-  mesh = jax.make_mesh((DEVICES,), ('devices',))
-
-  def grads(params, x):
-    return jax.lax.pmean(jax.grad(loss_fn)(params, x), 'devices')
-
-  split = PartitionSpec('devices')
-  wrong = shard_map(
-    grads,
-    mesh=mesh,
-    in_specs=(PartitionSpec(), split),
-    out_specs=PartitionSpec(),
-  )(
-    jax.device_put(params, NamedSharding(mesh, PartitionSpec())),
-    jax.device_put(batch, NamedSharding(mesh, split)),
-  )
-  mean = jax.grad(loss_fn)(params, batch)
-  assert (
-    error(
-      jax.tree.map(np.asarray, wrong),
-      jax.tree.map(lambda g: np.asarray(DEVICES * g), mean),
-    )
-    < 1e-5
-  )
+  batch = jax.device_put(make_batch(dtype), NamedSharding(mesh, layout.batch))
+  carry = params, init(tx, params, mesh)
+  # Parameters, as many of momentum, and step, perturbed_value and count.
+  assert assert_split_like(carry, params, mesh, layout.params) == 11
+  for i, expected in enumerate(one_device(dtype, ord)):
+    *carry, grads = step(*carry, batch)
+    assert_split_like((carry, grads), params, mesh, layout.params)
+    if ord == np.inf:
+      # Else rounding would decide on the sign of a gradient.
+      sizes = np.concatenate([abs(g).ravel() for g in expected[2].values()])
+      assert sizes.min() > 1e-6 * sizes.max()
+    if i in (0, STEPS - 1):
+      assert error((*carry, grads), expected) <= TOLERANCES[dtype]

@@ -1,0 +1,106 @@
+"""Ways to give each group of m examples of a batch a perturbation of its own.
+
+Each turns a function ``value_and_grad(params, model_state, batch)``, which
+returns ``((loss, model_state), grads)`` of a batch, into one that returns their
+mean over the groups. All take the same groups: of n, the j-th holds examples j,
+j + n, j + 2 n, ..., as ``optax.microbatching`` does. They differ in memory and
+time: all groups at once, one after the other, or one on each device.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import optax
+
+import data
+
+ValueAndGrad = Callable[..., Any]
+
+AXIS = 'groups'
+
+
+def by_vmap(value_and_grad: ValueAndGrad, m: int) -> ValueAndGrad:
+  """All groups at once, in the memory of the whole batch.
+
+  The second passes have parameters of their own, so that convolutions become
+  grouped ones, which are slow on CPU.
+  """
+
+  def averaged(params, model_state, batch):
+    results = jax.vmap(value_and_grad, in_axes=(None, None, 1))(
+      params, model_state, _split(batch, m)
+    )
+    return jax.tree.map(lambda x: x.mean(0), results)
+
+  return averaged
+
+
+def by_microbatching(value_and_grad: ValueAndGrad, m: int) -> ValueAndGrad:
+  """One group after the other, in the memory of one.
+
+  This is a loop, in which convolutions are slow on CPU.
+  """
+  return optax.microbatching.microbatch(
+    value_and_grad,
+    argnums=2,
+    microbatch_size=m,
+    accumulator=optax.microbatching.AccumulationType.MEAN,
+  )
+
+
+def by_shard_map(value_and_grad: ValueAndGrad, m: int) -> ValueAndGrad:
+  """A group on each device, and one mean over the devices."""
+
+  def on_each_device(params, model_state, batch):
+    # With respect to what all devices share, the gradient would be a sum.
+    params = jax.lax.pcast(params, AXIS, to='varying')
+    group = jax.tree.map(lambda x: x[:, 0], batch)
+    return jax.lax.pmean(value_and_grad(params, model_state, group), AXIS)
+
+  whole, split = PartitionSpec(), PartitionSpec(None, AXIS)
+  mapped = jax.shard_map(
+    on_each_device,
+    mesh=_mesh(),
+    in_specs=(whole, whole, split),
+    out_specs=whole,
+  )
+  return lambda params, model_state, batch: mapped(
+    params, model_state, _split(batch, m)
+  )
+
+
+WAYS = {
+  'vmap': by_vmap,
+  'microbatching': by_microbatching,
+  'shard_map': by_shard_map,
+}
+
+
+def missing(way: str) -> str:
+  """What must be newer for a way, or nothing."""
+  if way == 'microbatching' and not hasattr(optax, 'microbatching'):
+    return 'Optax 0.2.7'
+  if way == 'shard_map' and not hasattr(jax.lax, 'pcast'):
+    return 'JAX 0.9'
+  return ''
+
+
+def placement(way: str) -> NamedSharding | None:
+  """Where parameters and examples lie; None for the default device."""
+  return NamedSharding(_mesh(), PartitionSpec()) if way == 'shard_map' else None
+
+
+def _mesh() -> jax.sharding.Mesh:
+  return jax.make_mesh(
+    (jax.device_count(),),
+    (AXIS,),
+    axis_types=(jax.sharding.AxisType.Auto,),
+  )
+
+
+def _split(batch: data.Split, m: int) -> data.Split:
+  """A batch with its axis of examples split in two, of m and of groups."""
+  return jax.tree.map(lambda x: x.reshape(m, -1, *x.shape[1:]), batch)
