@@ -2,7 +2,7 @@ PYTHON ?= python3
 INTERPRETER = $(PYTHON)
 PYTEST = -m pytest -n 2 --dist loadfile --junitxml out/tests/$@.xml
 
-.PHONY: demo test test-oldest test-newest docs clean
+.PHONY: demo test test-oldest test-newest test-tpu docs clean
 
 # Train on real data: SGD, SAM and ASAM on digits with noisy labels.
 demo: .venv/demo/.installed
@@ -24,12 +24,17 @@ test-oldest: .venv/oldest/.installed
 test-newest: .venv/newest/.installed
 	.venv/newest/bin/python $(PYTEST)
 
+# What ASAM costs on TPU, by its compiler, without a TPU: brings libtpu, 640 MB.
+test-tpu: .venv/tpu/.installed
+	.venv/tpu/bin/python $(PYTEST) tests/tpu
+
 # The site, in docs/_build; warnings are errors.
 docs: .venv/docs/.installed
 	.venv/docs/bin/sphinx-build -W --keep-going -q docs docs/_build
 
 .venv/demo/.installed: EXTRA = examples
 .venv/test/.installed: EXTRA = test
+.venv/tpu/.installed: EXTRA = test,tpu
 .venv/docs/.installed: EXTRA = docs
 .venv/oldest/.installed: EXTRA = test
 .venv/oldest/.installed: CONSTRAINTS = --constraint .venv/oldest.txt

@@ -17,7 +17,7 @@ import m_sharpness
 import models
 import optimizers
 import presets
-import reporting
+import records
 
 # JAX takes seeds as uint32; the search adds a few beyond the largest.
 MAX_SEED = 2**31
@@ -461,7 +461,7 @@ def check_out(parser: Parser, args: argparse.Namespace) -> None:
   file = args.out / 'checkpoints.json'
   config = {
     name: value
-    for name, value in reporting.to_json(vars(args)).items()
+    for name, value in records.to_json(vars(args)).items()
     if name not in NOT_CONFIG
   }
   if args.resume:
@@ -473,7 +473,7 @@ def check_out(parser: Parser, args: argparse.Namespace) -> None:
     )
   try:
     args.out.mkdir(parents=True, exist_ok=True)
-    reporting.write_json(file, config)
+    records.write_json(file, config)
   except OSError as error:
     parser.error(
       f'argument --out: must be a folder that can be written to, but got'

@@ -143,7 +143,7 @@ def main(argv: Sequence[str]) -> None:
   measures = make_measures(dataset, model, args.batch_size, args.steps)
   seconds = timing.time_in_turn(measures, args.rounds)
   what = 'A step of ASAM by its batch'
-  timing.report('input_cost.py', argv, args, what, seconds)
+  timing.report('examples/input_cost.py', argv, args, what, seconds)
 
 
 if __name__ == '__main__':

@@ -1,31 +1,20 @@
-"""What a comparison reports: statistics, tables, a file and a figure."""
+"""What a comparison reports: statistics, tables and a figure."""
 
-from collections.abc import Iterator
 from collections.abc import Mapping
-from collections.abc import Sequence
-import contextlib
-import json
 import math
-import os
 from pathlib import Path
-import platform
-import shlex
-import subprocess
 from typing import Any
 
-import flax
-import jax
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 import numpy as np
-import optax
 from rich import box
 from rich.console import Console
 from rich.table import Table
 import scipy.stats
 
-import optax_asam
+import records
 from search import Search
 
 # Dark enough on white, and told apart by the colour-blind (Okabe and Ito).
@@ -79,37 +68,6 @@ def add_time_ratios(optimizers: dict[str, Any]) -> dict[str, Any]:
     ratios = seconds.sum(axis=1) / first.sum(axis=1)
     result['time_ratio_to_first'] = np.median(ratios) if len(ratios) else None
   return optimizers
-
-
-def provenance(program: str, argv: Sequence[str]) -> dict[str, Any]:
-  """What ran, a file of this folder with its command line, and on what."""
-  return {
-    'command': shlex.join(['python', f'examples/{program}', *argv]),
-    'commit': git_commit(),
-    'versions': {
-      'python': platform.python_version(),
-      **{
-        module.__name__: module.__version__
-        for module in (jax, flax, optax, optax_asam)
-      },
-    },
-    'device': jax.devices()[0].device_kind,
-  }
-
-
-def git_commit() -> str | None:
-  """The commit that ran, ``-dirty`` with changes since; None without git."""
-  command = ['git', 'describe', '--always', '--dirty', '--exclude=*']
-  try:
-    return subprocess.run(
-      [*command, '--abbrev=40'],
-      cwd=Path(__file__).parent,
-      capture_output=True,
-      check=True,
-      text=True,
-    ).stdout.strip()
-  except (OSError, subprocess.CalledProcessError):
-    return None
 
 
 def describe_searches(searches: Mapping[str, Search]) -> dict[str, Any]:
@@ -221,42 +179,6 @@ def describe(config: Mapping[str, Any]) -> str:
   return f'{config["model"]} on {config["dataset"]}, {noise} of labels wrong'
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-  """A file beside ``path`` that takes its place once it is complete."""
-  partial = path.with_name(f'.partial-{path.name}')
-  try:
-    yield partial
-    os.replace(partial, path)
-  finally:
-    partial.unlink(missing_ok=True)
-
-
-def to_json(value: Any) -> Any:
-  """``value`` in the types of JSON; NaN and infinity, which it lacks, as null.
-
-  They come from a training that diverged or from an interval of a single seed.
-  """
-  if isinstance(value, Mapping):
-    return {key: to_json(item) for key, item in value.items()}
-  if isinstance(value, np.ndarray | np.generic):
-    return to_json(value.tolist())
-  if isinstance(value, Path):
-    return str(value)
-  if isinstance(value, list):
-    return [to_json(item) for item in value]
-  if isinstance(value, float) and not math.isfinite(value):
-    return None
-  return value
-
-
-def write_json(path: Path, results: Mapping[str, Any]) -> None:
-  """Writes ``results``, all of them or nothing."""
-  text = json.dumps(to_json(results), indent=2, allow_nan=False)
-  with replacing(path) as partial:
-    partial.write_text(text + '\n')
-
-
 def plot_interval(axes: Axes, curve: Any, *, color: str, label: str) -> None:
   """Plots the mean of a curve [epochs, seeds] and its 95 % interval."""
   mean, half_width = t_interval(curve)
@@ -311,7 +233,7 @@ def write_figure(path: Path, results: Mapping[str, Any]) -> None:
     f'{describe(config)}: mean and 95 % interval of {count_seeds(config)}'
     f'{interrupted}'
   )
-  with replacing(path) as partial:
+  with records.replacing(path) as partial:
     figure.savefig(partial)
 
 
@@ -326,7 +248,7 @@ def write(
     print_searches(console, searches)
   if results['complete']:
     print_results(console, results)
-  write_json(out / 'results.json', results)
+  records.write_json(out / 'results.json', results)
   write_figure(out / 'curves.png', results)
   after = f'after {results["wall_time_s"]:.0f} s'
   if results['complete']:

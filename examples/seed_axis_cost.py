@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
   measures = make_measures(args)
   seconds = timing.time_in_turn(measures, args.rounds)
   what = f'A step of ASAM and one of {args.seeds} seeds'
-  timing.report('seed_axis_cost.py', argv, args, what, seconds)
+  timing.report('examples/seed_axis_cost.py', argv, args, what, seconds)
 
 
 if __name__ == '__main__':

@@ -14,7 +14,7 @@ import numpy as np
 
 import data
 import models
-import reporting
+import records
 import sources
 
 # Data sets, and the shape of their training images.
@@ -75,7 +75,7 @@ def report(
   """Writes results.json and prints a table; ratios are to the first.
 
   Args:
-    program: The name of the program's file.
+    program: The program, such as 'examples/input_cost.py'.
     argv: Its command line.
     args: Its options.
     what: What was timed, for a person.
@@ -91,10 +91,10 @@ def report(
     for name, values in seconds.items()
   }
   args.out.mkdir(parents=True, exist_ok=True)
-  reporting.write_json(
+  records.write_json(
     args.out / 'results.json',
     {
-      **reporting.provenance(program, argv),
+      **records.provenance(program, argv),
       'config': vars(args),
       'timed': timed,
     },

@@ -28,6 +28,7 @@ import evaluation
 import experiment
 import optimizers
 import progress
+import records
 import reporting
 import summaries
 
@@ -80,7 +81,7 @@ def describe(
 ) -> dict[str, Any]:
   """What results.json holds."""
   return {
-    **reporting.provenance('train.py', argv),
+    **records.provenance('examples/train.py', argv),
     'complete': bool(measured),
     'config': {
       **vars(args),

@@ -19,6 +19,7 @@ import arguments
 import data
 import evaluation
 import models
+import records
 import reporting
 import search
 from support import program_env
@@ -521,7 +522,7 @@ def test_json_without_nan(tmp_path):
   """What is not finite is null in the file."""
   path = tmp_path / 'results.json'
   results = {'a': np.array([[np.nan, 1.5]]), 'b': [np.float32(np.inf), None]}
-  reporting.write_json(path, results | {'c': reporting.summarize([2.0])})
+  records.write_json(path, results | {'c': reporting.summarize([2.0])})
   assert json.loads(path.read_text()) == {
     'a': [[None, 1.5]],
     'b': [None, None],
@@ -535,7 +536,7 @@ def test_interrupted_write(tmp_path):
   path.write_text('old')
 
   def write():
-    with reporting.replacing(path) as partial:
+    with records.replacing(path) as partial:
       partial.write_text('ne')
       raise KeyboardInterrupt
 
