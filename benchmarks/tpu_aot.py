@@ -1,0 +1,289 @@
+"""Compiles train steps for TPU slices, on a machine that has no TPU.
+
+The compiler that would run there says what a step needs on each chip: memory,
+collectives, bytes. It needs libtpu: pip install 'jax[tpu]'.
+
+  python benchmarks/tpu_aot.py --models vit-l16 --topologies v5e:2x4
+
+What is finished is kept in --out, and not compiled again.
+"""
+
+import argparse
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import gzip
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+from pathlib import Path
+import platform
+import re
+import shlex
+import sys
+import time
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec
+import numpy as np
+import optax
+
+import compiled
+import large_models
+import steps
+
+sys.path.append(str(Path(__file__).parents[1] / 'examples'))
+import records
+
+# A network for so many chips, and the parameters that it must have.
+MODELS: dict[str, tuple[Callable[[int], large_models.Network], int]] = {
+  'vit-l16': (large_models.vit, 304_326_632),
+  'decoder-8b': (large_models.decoder, 8_030_261_248),
+}
+TOPOLOGIES = ('v5e:2x4', 'v5e:16x16')
+STEPS = ('base', 'two gradients', 'sam', 'asam')
+KEYS = ('model', 'slice', 'step')  # of the rows of the tables
+GIB = 2**30
+HBM = 16 * GIB  # of a v5e chip
+# What the folder of a case holds: what the compiler says, and the program.
+CASE, TEXT = 'case.json', 'program.txt.gz'
+
+
+def tpu_mesh(topology: str, axes: Mapping[str, int]) -> Mesh:
+  """A mesh of the chips of a slice such as 'v5e:2x4', which nobody has to own.
+
+  Raises:
+    RuntimeError: libtpu is missing.
+  """
+  return Mesh(np.array(_chips(topology)).reshape(*axes.values()), tuple(axes))
+
+
+def _chips(topology: str) -> Sequence[Any]:
+  """The chips of a slice; to be called before JAX starts."""
+  # Of any slice: they keep libtpu from asking where it runs.
+  os.environ['TPU_SKIP_MDS_QUERY'] = '1'
+  os.environ['TPU_ACCELERATOR_TYPE'] = 'v5litepod-8'
+  os.environ['TPU_WORKER_HOSTNAMES'] = 'localhost'
+  # Compiling needs no chip, which is what only one process may have.
+  os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
+  jax.config.update('jax_platforms', 'cpu')
+  from jax.experimental import topologies
+
+  try:
+    importlib.metadata.version('libtpu')
+  except importlib.metadata.PackageNotFoundError as error:
+    raise RuntimeError(
+      "the compiler for TPU is missing: pip install 'jax[tpu]'"
+    ) from error
+  return topologies.get_topology_desc(
+    platform='tpu', topology_name=topology
+  ).devices
+
+
+def run_case(model: str, topology: str, step: str, folder: Path) -> None:
+  """Compiles one case, and keeps the program and what the compiler says."""
+  make_network, parameters = MODELS[model]
+  network = make_network(len(_chips(topology)))
+  if large_models.count(network.params) != parameters:
+    raise AssertionError(
+      f'{model} has {large_models.count(network.params)} parameters, not'
+      f' {parameters}'
+    )
+  mesh = tpu_mesh(topology, network.mesh_axes)
+  init, all_steps = steps.make_steps(network.loss_fn(mesh), optax.adamw(1e-3))
+  case = {
+    'model': model,
+    'topology': topology,
+    'step': step,
+    'parameters': parameters,
+    'mesh': dict(network.mesh_axes),
+    'batch': jax.tree.map(lambda leaf: list(leaf.shape), network.batch),
+    'commit': records.git_commit(),
+    'versions': versions(),
+  }
+  start = time.perf_counter()
+  try:
+    program = steps.compile_step(
+      all_steps[step], init, network, mesh, batch=PartitionSpec('fsdp')
+    )
+  except jax.errors.JaxRuntimeError as error:
+    if 'memory' not in str(error):
+      raise
+    case |= {'error': str(error)}
+  else:
+    case |= compiled.read(program)._asdict()
+    text = program.as_text() or ''
+    (folder / TEXT).write_bytes(gzip.compress(text.encode()))
+  case['compile_s'] = round(time.perf_counter() - start, 1)
+  records.write_json(folder / CASE, case)
+
+
+def versions() -> dict[str, str]:
+  """The versions of what decides on the result."""
+  return {
+    'python': platform.python_version(),
+    **{
+      name: importlib.metadata.version(name)
+      for name in ('jax', 'jaxlib', 'libtpu', 'optax', 'optax-asam')
+    },
+  }
+
+
+def collect(out: Path) -> list[dict[str, Any]]:
+  """All finished cases, with what their programs say."""
+  cases = []
+  for model, topology in itertools.product(MODELS, TOPOLOGIES):
+    reference = None
+    for step in STEPS:
+      folder = _folder(out, model, topology, step)
+      if not (folder / CASE).exists():
+        continue
+      case = json.loads((folder / CASE).read_text())
+      network = MODELS[model][0](math.prod(case['mesh'].values()))
+      case['parameter_bytes'] = steps.bytes_per_device(network)
+      cases.append(case)
+      if 'error' in case:
+        continue
+      case['peak_bytes'] = compiled.Cost(
+        *(case[field] for field in compiled.Cost._fields)
+      ).peak_bytes
+      text = gzip.decompress((folder / TEXT).read_bytes()).decode()
+      found = compiled.collectives(text)
+      case['collectives'] = {
+        kind: total._asdict()
+        for kind, total in compiled.total_by_kind(found).items()
+      }
+      if step == 'two gradients':
+        reference = case['temporary_bytes'], found
+      elif step != 'base' and reference:
+        temporary_bytes = case['temporary_bytes'] - reference[0]
+        added = compiled.added(found, reference[1])
+        case['added'] = {
+          'collectives': [collective._asdict() for collective in added],
+          'temporary_bytes': temporary_bytes,
+          'objections': steps.objections(added, temporary_bytes, network),
+        }
+  return cases
+
+
+def table(cases: Sequence[Mapping[str, Any]]) -> str:
+  """All cases in Markdown: memory in GiB, collectives as runs and GiB."""
+  kinds = [
+    kind
+    for kind in compiled.KINDS
+    if any(kind in case.get('collectives', {}) for case in cases)
+  ]
+  rows = [
+    [*KEYS, 'arguments', 'temporaries', 'peak', 'accessed', *kinds],
+    ['---', '---', '---', *['---:'] * (4 + len(kinds))],
+  ]
+  for case in cases:
+    row = [case['model'], case['topology'], case['step']]
+    if 'error' in case:
+      # As the compiler writes it, (19.92G), before what there is of it.
+      needed = re.search(r'\(([\d.]+)G\) exceeds', case['error'])
+      row += ['', needed[1] if needed else '', 'does not fit', '']
+      row += [''] * len(kinds)
+    else:
+      row += [
+        f'{case[f"{size}_bytes"] / GIB:.2f}'
+        for size in ('argument', 'temporary', 'peak')
+      ]
+      row.append(f'{case["bytes_accessed"] / GIB:.2f}')
+      for kind in kinds:
+        total = case['collectives'].get(kind)
+        size = total and f'{total["bytes"] / GIB:.3f}'
+        row.append(f'{total["count"]}, {size}' if total else '')
+    rows.append(row)
+  return _markdown(rows)
+
+
+def added_table(cases: Sequence[Mapping[str, Any]]) -> str:
+  """In Markdown, what SAM and ASAM add to two plain gradients."""
+  rows = [
+    [*KEYS, 'collectives', 'runs', 'bytes', 'temporaries', 'accessed'],
+    ['---', '---', '---', '---', *['---:'] * 4],
+  ]
+  accessed = {}
+  for case in cases:
+    key = case['model'], case['topology']
+    if case['step'] == 'two gradients':
+      accessed[key] = case.get('bytes_accessed')
+    if 'added' not in case:
+      continue
+    collectives = [
+      '; '.join(str(each[field]) for each in case['added']['collectives'])
+      for field in ('kind', 'count', 'bytes')
+    ]
+    temporaries = case['added']['temporary_bytes'] / case['parameter_bytes']
+    ratio = case['bytes_accessed'] / accessed[key] - 1
+    rows.append(
+      [
+        *key,
+        case['step'],
+        *collectives,
+        f'{temporaries:+.2f}',
+        f'{100 * ratio:+.1f} %',
+      ]
+    )
+  return _markdown(rows)
+
+
+def _markdown(rows: Iterable[Iterable[str]]) -> str:
+  return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+
+
+def _folder(out: Path, model: str, topology: str, step: str) -> Path:
+  return out / f'{model} {topology} {step}'.replace(' ', '-').replace(':', '-')
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Compiles what is missing, writes tpu_aot.json and prints the table."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  for name, choices in (
+    ('models', MODELS),
+    ('topologies', TOPOLOGIES),
+    ('steps', STEPS),
+  ):
+    parser.add_argument(
+      f'--{name}', nargs='+', choices=choices, default=list(choices)
+    )
+  parser.add_argument('--out', type=Path, default=Path('out/tpu_aot'))
+  args = parser.parse_args(argv)
+  command = shlex.join(
+    [
+      'python',
+      'benchmarks/tpu_aot.py',
+      *(sys.argv[1:] if argv is None else argv),
+    ]
+  )
+  for case in itertools.product(args.models, args.topologies, args.steps):
+    folder = _folder(args.out, *case)
+    if not (folder / CASE).exists():
+      folder.mkdir(parents=True, exist_ok=True)
+      run_case(*case, folder)
+    result = json.loads((folder / CASE).read_text())
+    print(', '.join(case), f'{result["compile_s"]:.0f} s', flush=True)
+  cases = collect(args.out)
+  records.write_json(
+    args.out / 'tpu_aot.json', {'command': command, 'cases': cases}
+  )
+  print(f'\n{table(cases)}\n\n{added_table(cases)}')
+  found = [
+    f'{case["model"]}, {case["topology"]}, {case["step"]}: {objection}'
+    for case in cases
+    for objection in case.get('added', {}).get('objections', [])
+  ]
+  if found:
+    sys.exit('\n'.join(found))
+
+
+if __name__ == '__main__':
+  main()
