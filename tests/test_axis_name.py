@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 
+import network
 from optax_asam import asam
 from support import assert_same_bits
 from support import error
@@ -30,22 +31,6 @@ WHOLE, SPLIT = PartitionSpec(), PartitionSpec('devices')
 needs_pcast = pytest.mark.skipif(
   not hasattr(jax.lax, 'pcast'), reason='JAX has no jax.lax.pcast yet'
 )
-
-
-def loss_fn(params, x):
-  """A smooth loss of a batch [n, 3]."""
-  return jnp.mean((jnp.tanh(x * params['w']) + params['b']) ** 2)
-
-
-def make_params(dtype):
-  """A vector and a bias."""
-  return {'w': jnp.arange(1.0, 4.0, dtype=dtype), 'b': jnp.ones(3, dtype)}
-
-
-def make_batch(dtype):
-  """Two examples a device."""
-  x = np.random.default_rng(0).standard_normal((2 * DEVICES, 3))
-  return jnp.asarray(x, dtype)
 
 
 def product(g, perturbed_g):
@@ -69,54 +54,66 @@ def shard_map(function, *, check_vma=True, **kwargs):
   return shard_map(function, check_rep=check_vma, **kwargs)
 
 
+def rho_of(ord):
+  """At p = inf, the part of itself by which each weight moves."""
+  return 0.05 if ord == np.inf else 0.5
+
+
 @functools.cache
-def one_device(dtype, shared, every_k, descent):
-  """Parameters after the steps that are compared, a perturbation a group.
+def one_device(dtype, shared, ord, every_k, descent):
+  """Parameters after each step that is compared, a perturbation a group.
 
   asam around a base that hands g~ on gives the gradients; ``every_k``, the mean
   over groups and ``descent`` are written out.
   """
-  extract = asam(optax.identity(), rho=0.5)
+  extract = asam(optax.identity(), rho_of(ord), ord=ord)
 
-  def perturbed_grad(params, g, x):
-    grad_fn = lambda p: jax.grad(loss_fn)(p, x)
+  def perturbed_grad(params, g, batch):
+    grad_fn = lambda p: jax.grad(network.loss_fn)(p, batch)
     return extract.update(g, extract.init(params), params, grad_fn=grad_fn)[0]
 
   @functools.partial(jax.jit, static_argnums=3)
   def step(params, state, groups, perturb):
     mean = lambda tree: jax.tree.map(lambda x: x.mean(0), tree)
-    local = jax.vmap(jax.grad(loss_fn), (None, 0))(params, groups)
-    grads = mean(local)
+    local = jax.vmap(jax.grad(network.loss_fn), (None, 0))(params, groups)
+    ascended = grads = mean(local)
     if perturb:
+      ascended = grads if shared else local
       in_axes = (None, None if shared else 0, 0)
       perturbed = mean(
-        jax.vmap(perturbed_grad, in_axes)(
-          params, grads if shared else local, groups
-        )
+        jax.vmap(perturbed_grad, in_axes)(params, ascended, groups)
       )
       grads = descent(grads, perturbed) if descent else perturbed
     updates, state = BASE_TX.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
+    return optax.apply_updates(params, updates), state, ascended
 
-  params = make_params(dtype)
-  groups = make_batch(dtype).reshape(DEVICES, -1, 3)
+  params = network.make_params(dtype)
   carry = params, BASE_TX.init(params)
   results = {}
   for i in range(max(COMPARED)):
-    carry = step(*carry, groups, i % every_k == 0)
+    *carry, ascended = step(*carry, split(dtype), i % every_k == 0)
     results[i + 1] = jax.device_get(carry[0])
+    if ord == np.inf:
+      network.assert_signs_are_certain(ascended)
   return results
+
+
+def split(dtype):
+  """The examples of each device, [devices, examples, ...]."""
+  return jax.tree.map(
+    lambda x: x.reshape(DEVICES, -1, *x.shape[1:]), network.make_batch(dtype)
+  )
 
 
 def make_train_step(tx, shared, *, varying):
   """A step on each device, with ``varying`` parameters for ``shard_map``."""
 
-  def train_step(params, state, x):
+  def train_step(params, state, batch):
     local = params
     if varying:
       # The gradient of a replicated parameter would be summed over the axis.
       local = jax.lax.pcast(params, 'devices', to='varying')
-    value_fn = lambda p: loss_fn(p, x)
+    value_fn = lambda p: network.loss_fn(p, batch)
     grads = jax.grad(value_fn)(local)
     if shared:
       grads = jax.lax.pmean(grads, 'devices')
@@ -126,13 +123,13 @@ def make_train_step(tx, shared, *, varying):
   return train_step
 
 
-def distribute(way, step, carry, batch):
+def distribute(way, step, carry, dtype):
   """``step`` on all devices, with its parameters and state, and its batch."""
   if way == 'pmap':
     return (
       jax.pmap(step, axis_name='devices'),
       jax.tree.map(lambda x: jnp.stack([x] * DEVICES), carry),
-      batch.reshape(DEVICES, -1, 3),
+      split(dtype),
     )
   mesh = Mesh(np.array(jax.devices()), ('devices',))
   step = shard_map(
@@ -145,7 +142,7 @@ def distribute(way, step, carry, batch):
   return (
     jax.jit(step),
     jax.device_put(carry, NamedSharding(mesh, WHOLE)),
-    jax.device_put(batch, NamedSharding(mesh, SPLIT)),
+    jax.device_put(network.make_batch(dtype), NamedSharding(mesh, SPLIT)),
   )
 
 
@@ -159,14 +156,14 @@ def replicas(tree):
 
 @pytest.mark.parametrize('shared', [False, True])
 @pytest.mark.parametrize(
-  ('dtype', 'every_k', 'descent'),
+  ('dtype', 'ord', 'every_k', 'descent'),
   [
-    (np.float32, 1, None),
-    (np.float32, 2, None),
-    (np.float32, 1, product),
-    (np.float32, 2, product),
-    (np.float32, 2, projected),
-    (np.float64, 2, projected),
+    (np.float32, 2, 1, None),
+    (np.float32, 2, 2, None),
+    (np.float32, 2, 2, product),
+    (np.float64, 2, 2, projected),
+    (np.float32, np.inf, 1, None),
+    (np.float64, np.inf, 1, None),
   ],
 )
 @pytest.mark.parametrize(
@@ -177,19 +174,26 @@ def replicas(tree):
     'pmap',
   ],
 )
-def test_axis_name(request, way, dtype, every_k, descent, shared):
+def test_axis_name(request, way, dtype, ord, every_k, descent, shared):
   """Local gradients: a perturbation a device. Averaged ones: a shared one."""
   if dtype == np.float64:
     request.getfixturevalue('x64')
-  tx = asam(BASE_TX, every_k=every_k, descent=descent, axis_name='devices')
-  params = make_params(dtype)
+  tx = asam(
+    BASE_TX,
+    rho_of(ord),
+    ord=ord,
+    every_k=every_k,
+    descent=descent,
+    axis_name='devices',
+  )
+  params = network.make_params(dtype)
   step, carry, batch = distribute(
     way,
     make_train_step(tx, shared, varying=way == 'shard_map'),
     (params, tx.init(params)),
-    make_batch(dtype),
+    dtype,
   )
-  expected = one_device(dtype, shared, every_k, descent)
+  expected = one_device(dtype, shared, ord, every_k, descent)
   for i in range(1, STEPS + 1):
     carry = step(*carry, batch)
     first, *others = replicas(carry)
@@ -206,16 +210,17 @@ def test_axis_name(request, way, dtype, every_k, descent, shared):
 def test_replicated_gradients_are_summed():
   """The trap: without pcast shard_map hands over sums, and pmean keeps them."""
   mesh = Mesh(np.array(jax.devices()), ('devices',))
-  params, batch = make_params(np.float32), make_batch(np.float32)
+  params = network.make_params(np.float32)
+  batch = network.make_batch(np.float32)
 
   def grads(params, x):
-    return jax.lax.pmean(jax.grad(loss_fn)(params, x), 'devices')
+    return jax.lax.pmean(jax.grad(network.loss_fn)(params, x), 'devices')
 
   wrong = shard_map(grads, mesh=mesh, in_specs=(WHOLE, SPLIT), out_specs=WHOLE)(
     jax.device_put(params, NamedSharding(mesh, WHOLE)),
     jax.device_put(batch, NamedSharding(mesh, SPLIT)),
   )
-  mean = jax.grad(loss_fn)(params, batch)
+  mean = jax.grad(network.loss_fn)(params, batch)
   assert (
     error(
       jax.tree.map(np.asarray, wrong),
