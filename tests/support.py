@@ -10,6 +10,9 @@ import optax
 
 PyTree = Any
 
+# Before, another partitioner decided how work is divided that nobody laid out.
+SHARDY = jax.__version_info__ >= (0, 7)
+
 
 def error(tree: PyTree, expected: PyTree) -> float:
   """The error of a tree: the largest max|a - b| / max|b| of its leaves.
