@@ -301,8 +301,12 @@ def test_killed(killed):
   """A process that is killed ends the others, with an error that says so."""
   out, returncodes, printed = killed
   assert returncodes[1] == -signal.SIGKILL
-  assert returncodes[0] == 1
-  assert 'Process 0 ends here. Where it lost another one' in printed[0]
+  # It learns so from what it was to be sent, or JAX does, and ends it at once.
+  told = {
+    1: 'Process 0 ends here. Where it lost another one',
+    -signal.SIGABRT: 'another task died',
+  }
+  assert told[returncodes[0]] in printed[0]
   assert 'Process 1 of 2' in printed[1]  # They found each other by SLURM.
   assert not (out / 'results.json').exists()
   assert [path.name for path in (out / 'checkpoints').glob('[0-9]*')] == ['4']
