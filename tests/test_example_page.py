@@ -1,0 +1,31 @@
+"""Promise: the numbers of examples/README.md are those of recorded runs."""
+
+import json
+import pathlib
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / 'examples'
+PAGE = (EXAMPLES / 'README.md').read_text()
+
+
+def read_ratios(program, model):
+  """The times of a recorded run beside the first one's, by name."""
+  file = EXAMPLES / 'costs' / f'{program}-{model}.json'
+  timed = json.loads(file.read_text())['timed']
+  return {name: each['time_ratio_to_first'] for name, each in timed.items()}
+
+
+def test_cost_of_input():
+  """A row for each way to a batch."""
+  models = ('mlp', 'cnn')
+  ratios = [read_ratios('input', model) for model in models]
+  for batch in ('ready', 'gathered', 'augmented'):
+    cells = ' | '.join(f'{each[batch]:.2f}' for each in ratios)
+    assert f'\n| {batch} | {cells} |\n' in PAGE
+
+
+def test_cost_of_seed_axis():
+  """The time of vmap beside that of the loop, for each model."""
+  models = ('mlp', 'cnn', 'resnet20')
+  ratios = [read_ratios('seed-axis', model)['vmap'] for model in models]
+  cells = ' | '.join(f'{ratio:.2f}' for ratio in ratios)
+  assert f'\n| {" | ".join(models)} |\n|---|---|---|\n| {cells} |\n' in PAGE
