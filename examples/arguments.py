@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
   def error(self, message: str) -> NoReturn:
     """Says what is wrong on stderr and exits with status 2."""
     if 'write' not in message.lower():  # argparse's own words
-      message += '. Write --help for what there is.'
+      message = f'{message.rstrip(".")}. Write --help for what there is.'
     self.exit(2, f'{self.prog}: error: {message}\n')
 
 
