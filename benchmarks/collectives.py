@@ -12,7 +12,6 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import itertools
-import math
 import os
 from pathlib import Path
 import sys
@@ -22,7 +21,6 @@ sys.path.append(str(Path(__file__).parents[1] / 'examples'))  # records
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
@@ -35,7 +33,6 @@ import steps
 LAYERS, WIDTH, BATCH = 4, 1024, 256
 LAYOUTS = ('replicated', 'fully sharded', 'tensor parallel', '2-D')
 DEVICES = (1, 2, 4, 8)
-STEPS = ('base', 'two gradients', 'sam', 'asam')
 BASE_TX = optax.adamw(1e-3)
 
 
@@ -93,14 +90,13 @@ def compile_for(
   init: Callable[[optax.Params], optax.OptState],
 ) -> jax.stages.Compiled:
   """Compiles a step for as many devices as a network asks for."""
-  sizes = tuple(net.mesh_axes.values())
-  devices = np.array(jax.devices()[: math.prod(sizes)]).reshape(sizes)
-  mesh = Mesh(devices, tuple(net.mesh_axes))
-  return steps.compile_step(step, init, net, mesh, batch=P('data'))
+  return steps.compile_step(
+    step, init, net, net.mesh(jax.devices()), batch=P('data')
+  )
 
 
 def measure(layout: str, devices: int, step: str) -> compiled.Cost:
-  """The cost of one of ``STEPS``."""
+  """The cost of one of ``steps.NAMES``."""
   init, all_steps = steps.make_steps(loss_fn, BASE_TX)
   return compiled.read(
     compile_for(network(layout, devices), all_steps[step], init)
@@ -136,8 +132,8 @@ def table(results: Mapping[str, Any]) -> str:
     added = _collectives(asam) - _collectives(two)
     rows.append(
       f'| {layout} | {devices} |'
-      f' {_mib(_collectives(two)[1])} in {_collectives(two)[0]} |'
-      f' {added[1]} bytes in {added[0]} |'
+      f' {_sent(_collectives(two), _mib)} |'
+      f' {_sent(added, "{} bytes".format)} |'
       f' {_mib(two["temporary_bytes"])} |'
       f' {_mib(asam["temporary_bytes"] - two["temporary_bytes"])} |'
     )
@@ -150,6 +146,11 @@ def _collectives(case: Mapping[str, Any]) -> np.ndarray:
     (each['count'], each['bytes']) for each in case['collectives'].values()
   ]
   return np.array([(0, 0), *totals]).sum(axis=0)
+
+
+def _sent(total: np.ndarray, write: Callable[[float], str]) -> str:
+  """Bytes and the number of collectives in which they are sent."""
+  return f'{write(total[1])} in {total[0]}' if total.any() else 'nothing'
 
 
 def _mib(size: float) -> str:
@@ -175,7 +176,9 @@ def main(argv: Sequence[str]) -> None:
       'step': step,
       **describe(measure(layout, devices, step)),
     }
-    for layout, devices, step in itertools.product(LAYOUTS, DEVICES, STEPS)
+    for layout, devices, step in itertools.product(
+      LAYOUTS, DEVICES, steps.NAMES
+    )
   ]
   results = {
     **records.provenance('benchmarks/collectives.py', argv),

@@ -1,6 +1,7 @@
 """Two large networks in plain JAX, with the shardings that they train under."""
 
 from collections.abc import Callable
+from collections.abc import Sequence
 import math
 from typing import Any
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+import numpy as np
 
 PyTree = Any
 
@@ -33,6 +35,14 @@ class Network(NamedTuple):
   specs: PyTree
   batch: PyTree
   loss_fn: Callable[[Mesh], Callable[[PyTree, PyTree], jax.Array]]
+
+  def mesh(self, devices: Sequence[Any]) -> Mesh:
+    """As many of these devices as it asks for."""
+    sizes = tuple(self.mesh_axes.values())
+    return Mesh(
+      np.array(devices[: math.prod(sizes)]).reshape(sizes),
+      tuple(self.mesh_axes),
+    )
 
 
 def count(params: PyTree) -> int:

@@ -22,6 +22,9 @@ Step = Callable[
 ]
 
 
+NAMES = ('base', 'two gradients', 'sam', 'asam')
+
+
 class Steps(NamedTuple):
   """Train steps that take the same arguments.
 

@@ -22,15 +22,12 @@ import os
 from pathlib import Path
 import platform
 import re
-import shlex
 import sys
 import time
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec
-import numpy as np
 import optax
 
 import compiled
@@ -46,7 +43,6 @@ MODELS: dict[str, tuple[Callable[[int], large_models.Network], int]] = {
   'decoder-8b': (large_models.decoder, 8_030_261_248),
 }
 TOPOLOGIES = ('v5e:2x4', 'v5e:16x16')
-STEPS = ('base', 'two gradients', 'sam', 'asam')
 KEYS = ('model', 'slice', 'step')  # of the rows of the tables
 GIB = 2**30
 HBM = 16 * GIB  # of a v5e chip
@@ -54,17 +50,14 @@ HBM = 16 * GIB  # of a v5e chip
 CASE, TEXT = 'case.json', 'program.txt.gz'
 
 
-def tpu_mesh(topology: str, axes: Mapping[str, int]) -> Mesh:
-  """A mesh of the chips of a slice such as 'v5e:2x4', which nobody has to own.
+def chips(topology: str) -> Sequence[Any]:
+  """The chips of a slice such as 'v5e:2x4', which nobody has to own.
+
+  To be called before JAX starts.
 
   Raises:
     RuntimeError: libtpu is missing.
   """
-  return Mesh(np.array(_chips(topology)).reshape(*axes.values()), tuple(axes))
-
-
-def _chips(topology: str) -> Sequence[Any]:
-  """The chips of a slice; to be called before JAX starts."""
   # Of any slice: they keep libtpu from asking where it runs.
   os.environ['TPU_SKIP_MDS_QUERY'] = '1'
   os.environ['TPU_ACCELERATOR_TYPE'] = 'v5litepod-8'
@@ -88,13 +81,14 @@ def _chips(topology: str) -> Sequence[Any]:
 def run_case(model: str, topology: str, step: str, folder: Path) -> None:
   """Compiles one case, and keeps the program and what the compiler says."""
   make_network, parameters = MODELS[model]
-  network = make_network(len(_chips(topology)))
+  devices = chips(topology)
+  network = make_network(len(devices))
   if large_models.count(network.params) != parameters:
     raise AssertionError(
       f'{model} has {large_models.count(network.params)} parameters, not'
       f' {parameters}'
     )
-  mesh = tpu_mesh(topology, network.mesh_axes)
+  mesh = network.mesh(devices)
   init, all_steps = steps.make_steps(network.loss_fn(mesh), optax.adamw(1e-3))
   case = {
     'model': model,
@@ -139,7 +133,7 @@ def collect(out: Path) -> list[dict[str, Any]]:
   cases = []
   for model, topology in itertools.product(MODELS, TOPOLOGIES):
     reference = None
-    for step in STEPS:
+    for step in steps.NAMES:
       folder = _folder(out, model, topology, step)
       if not (folder / CASE).exists():
         continue
@@ -171,35 +165,47 @@ def collect(out: Path) -> list[dict[str, Any]]:
   return cases
 
 
-def table(cases: Sequence[Mapping[str, Any]]) -> str:
-  """All cases in Markdown: memory in GiB, collectives as runs and GiB."""
-  kinds = [
-    kind
-    for kind in compiled.KINDS
-    if any(kind in case.get('collectives', {}) for case in cases)
-  ]
+def tables(cases: Sequence[Mapping[str, Any]]) -> list[str]:
+  """In Markdown: memory and time, collectives, and what SAM and ASAM add."""
+  return [memory_table(cases), collectives_table(cases), added_table(cases)]
+
+
+def memory_table(cases: Sequence[Mapping[str, Any]]) -> str:
+  """Sizes in GiB on one chip, and how long the compiler took."""
   rows = [
-    [*KEYS, 'arguments', 'temporaries', 'peak', 'accessed', *kinds],
-    ['---', '---', '---', *['---:'] * (4 + len(kinds))],
+    [*KEYS, 'arguments', 'temporaries', 'peak', 'accessed', 'compiled in'],
+    ['---', '---', '---', *['---:'] * 5],
   ]
   for case in cases:
-    row = [case['model'], case['topology'], case['step']]
     if 'error' in case:
       # As the compiler writes it, (19.92G), before what there is of it.
       needed = re.search(r'\(([\d.]+)G\) exceeds', case['error'])
-      row += ['', needed[1] if needed else '', 'does not fit', '']
-      row += [''] * len(kinds)
+      sizes = ['', needed[1] if needed else '', 'does not fit', '']
     else:
-      row += [
-        f'{case[f"{size}_bytes"] / GIB:.2f}'
-        for size in ('argument', 'temporary', 'peak')
+      fields = ('argument_bytes', 'temporary_bytes', 'peak_bytes')
+      sizes = [
+        f'{case[field] / GIB:.2f}' for field in (*fields, 'bytes_accessed')
       ]
-      row.append(f'{case["bytes_accessed"] / GIB:.2f}')
-      for kind in kinds:
-        total = case['collectives'].get(kind)
-        size = total and f'{total["bytes"] / GIB:.3f}'
-        row.append(f'{total["count"]}, {size}' if total else '')
-    rows.append(row)
+    rows.append([*_key(case), *sizes, f'{case["compile_s"]:.0f} s'])
+  return _markdown(rows)
+
+
+def collectives_table(cases: Sequence[Mapping[str, Any]]) -> str:
+  """How often collectives run, and the GiB of their results on one chip."""
+  cases = [case for case in cases if 'error' not in case]
+  kinds = [
+    kind
+    for kind in compiled.KINDS
+    if any(kind in case['collectives'] for case in cases)
+  ]
+  rows = [[*KEYS, *kinds], ['---', '---', '---', *['---:'] * len(kinds)]]
+  for case in cases:
+    cells = []
+    for kind in kinds:
+      total = case['collectives'].get(kind)
+      size = total and f'{total["bytes"] / GIB:.3f}'
+      cells.append(f'{total["count"]}, {size}' if total else '')
+    rows.append([*_key(case), *cells])
   return _markdown(rows)
 
 
@@ -234,6 +240,10 @@ def added_table(cases: Sequence[Mapping[str, Any]]) -> str:
   return _markdown(rows)
 
 
+def _key(case: Mapping[str, Any]) -> tuple[str, str, str]:
+  return case['model'], case['topology'], case['step']
+
+
 def _markdown(rows: Iterable[Iterable[str]]) -> str:
   return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
 
@@ -242,7 +252,7 @@ def _folder(out: Path, model: str, topology: str, step: str) -> Path:
   return out / f'{model} {topology} {step}'.replace(' ', '-').replace(':', '-')
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
   """Compiles what is missing, writes tpu_aot.json and prints the table."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -250,20 +260,13 @@ def main(argv: Sequence[str] | None = None) -> None:
   for name, choices in (
     ('models', MODELS),
     ('topologies', TOPOLOGIES),
-    ('steps', STEPS),
+    ('steps', steps.NAMES),
   ):
     parser.add_argument(
       f'--{name}', nargs='+', choices=choices, default=list(choices)
     )
   parser.add_argument('--out', type=Path, default=Path('out/tpu_aot'))
   args = parser.parse_args(argv)
-  command = shlex.join(
-    [
-      'python',
-      'benchmarks/tpu_aot.py',
-      *(sys.argv[1:] if argv is None else argv),
-    ]
-  )
   for case in itertools.product(args.models, args.topologies, args.steps):
     folder = _folder(args.out, *case)
     if not (folder / CASE).exists():
@@ -273,9 +276,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(', '.join(case), f'{result["compile_s"]:.0f} s', flush=True)
   cases = collect(args.out)
   records.write_json(
-    args.out / 'tpu_aot.json', {'command': command, 'cases': cases}
+    args.out / 'tpu_aot.json',
+    {
+      'command': records.command_line('benchmarks/tpu_aot.py', argv),
+      'cases': cases,
+    },
   )
-  print(f'\n{table(cases)}\n\n{added_table(cases)}')
+  print('', *tables(cases), sep='\n\n')
   found = [
     f'{case["model"]}, {case["topology"]}, {case["step"]}: {objection}'
     for case in cases
@@ -286,4 +293,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-  main()
+  main(sys.argv[1:])

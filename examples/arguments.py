@@ -406,8 +406,9 @@ def check_groups(
   missing = m_sharpness.missing(args.m_sharpness_by)
   if missing:
     parser.error(
-      f'argument --m-sharpness-by: {args.m_sharpness_by} needs {missing} or'
-      f' newer. Install that, or write --m-sharpness-by vmap.'
+      f'argument --m-sharpness-by: {args.m_sharpness_by} needs {missing}, which'
+      f' is not in the version that is installed. Install a newer one, or write'
+      f' --m-sharpness-by vmap.'
     )
   num_groups, num_devices = (
     args.batch_size // args.m_sharpness,

@@ -80,11 +80,11 @@ WAYS = {
 
 
 def missing(way: str) -> str:
-  """What must be newer for a way, or nothing."""
+  """What a way needs that is not in what is installed, or nothing."""
   if way == 'microbatching' and not hasattr(optax, 'microbatching'):
-    return 'Optax 0.2.7'
+    return 'optax.microbatching'
   if way == 'shard_map' and not hasattr(jax.lax, 'pcast'):
-    return 'JAX 0.9'
+    return 'jax.lax.pcast'
   return ''
 
 

@@ -29,7 +29,7 @@ def provenance(program: str, argv: Sequence[str]) -> dict[str, Any]:
     argv: Its options.
   """
   return {
-    'command': shlex.join(['python', program, *argv]),
+    'command': command_line(program, argv),
     'commit': git_commit(),
     'versions': {
       'python': platform.python_version(),
@@ -40,6 +40,11 @@ def provenance(program: str, argv: Sequence[str]) -> dict[str, Any]:
     },
     'device': jax.devices()[0].device_kind,
   }
+
+
+def command_line(program: str, argv: Sequence[str]) -> str:
+  """What a person would type to run a program with these options."""
+  return shlex.join(['python', program, *argv])
 
 
 def git_commit() -> str | None:

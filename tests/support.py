@@ -7,11 +7,19 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+import pytest
 
 PyTree = Any
 
 # Before, another partitioner decided how work is divided that nobody laid out.
 SHARDY = jax.__version_info__ >= (0, 7)
+
+needs_pcast = pytest.mark.skipif(
+  not hasattr(jax.lax, 'pcast'), reason='JAX has no jax.lax.pcast yet'
+)
+needs_microbatching = pytest.mark.skipif(
+  not hasattr(optax, 'microbatching'), reason='it came with Optax 0.2.7'
+)
 
 
 def error(tree: PyTree, expected: PyTree) -> float:
@@ -61,6 +69,15 @@ def program_env(cache: pathlib.Path) -> dict[str, str]:
     'JAX_COMPILATION_CACHE_DIR': str(cache / 'jax'),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
   }
+
+
+def shard_map(function, *, check_vma=True, **kwargs):
+  """``jax.shard_map``, also where JAX keeps it in its experimental part."""
+  if hasattr(jax, 'shard_map'):
+    return jax.shard_map(function, check_vma=check_vma, **kwargs)
+  from jax.experimental.shard_map import shard_map
+
+  return shard_map(function, check_rep=check_vma, **kwargs)
 
 
 # At learning rates that lead to the targets of test_convergence.py.

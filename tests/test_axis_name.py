@@ -19,6 +19,8 @@ import network
 from optax_asam import asam
 from support import assert_same_bits
 from support import error
+from support import needs_pcast
+from support import shard_map
 
 DEVICES = 8
 STEPS = 20
@@ -27,10 +29,6 @@ COMPARED = (1, 10)
 TOLERANCES = {np.float32: 5e-6, np.float64: 1e-12}
 BASE_TX = optax.sgd(0.1, momentum=0.9)
 WHOLE, SPLIT = PartitionSpec(), PartitionSpec('devices')
-
-needs_pcast = pytest.mark.skipif(
-  not hasattr(jax.lax, 'pcast'), reason='JAX has no jax.lax.pcast yet'
-)
 
 
 def product(g, perturbed_g):
@@ -43,15 +41,6 @@ def projected(g, perturbed_g):
   dot = optax.tree.vdot(g, perturbed_g)
   scale = dot / optax.tree.vdot(perturbed_g, perturbed_g)
   return jax.tree.map(lambda a, b: b + 0.5 * (a - scale * b), g, perturbed_g)
-
-
-def shard_map(function, *, check_vma=True, **kwargs):
-  """``jax.shard_map``, also where JAX keeps it in its experimental part."""
-  if hasattr(jax, 'shard_map'):
-    return jax.shard_map(function, check_vma=check_vma, **kwargs)
-  from jax.experimental.shard_map import shard_map
-
-  return shard_map(function, check_rep=check_vma, **kwargs)
 
 
 def rho_of(ord):

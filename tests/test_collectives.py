@@ -109,7 +109,7 @@ def test_recorded_results():
     (layout, devices, step)
     for layout in collectives.LAYOUTS
     for devices in collectives.DEVICES
-    for step in collectives.STEPS
+    for step in steps.NAMES
   }
   for case in results['cases']:
     if case['layout'] == 'replicated':

@@ -24,6 +24,7 @@ import pages
 import reference
 from support import assert_same_bits
 from support import error
+from support import needs_microbatching
 
 PAGE = pages.read_page('composition')
 PLACES = ('inside', 'before', 'after', 'around')
@@ -412,11 +413,6 @@ def test_skip_not_finite_around(row, bad):
   first, second = BAD_STEPS[bad]
   result = run(row(base_tx=SGD, k=2), [BATCH, first], [BATCH, second])
   assert np.isfinite(norm(result.params)) == (bad == 'both passes')
-
-
-needs_microbatching = pytest.mark.skipif(
-  not hasattr(optax, 'microbatching'), reason='it came with Optax 0.2.7'
-)
 
 
 def microbatches_of_two(row):

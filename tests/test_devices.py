@@ -18,6 +18,8 @@ import pytest
 from optax_asam import asam
 import pages
 from support import error
+from support import needs_microbatching
+from support import needs_pcast
 
 PAGE = pages.read_page('devices')
 SNIPPETS = pages.read_snippets(PAGE)
@@ -25,10 +27,6 @@ SNIPPETS = pages.read_snippets(PAGE)
 EXAMPLES, M = 16, 4
 RHO, LEARNING_RATE = 0.5, 0.1
 BASE_TX = optax.sgd(LEARNING_RATE)
-
-needs_pcast = pytest.mark.skipif(
-  not hasattr(jax.lax, 'pcast'), reason='JAX has no jax.lax.pcast yet'
-)
 
 
 def loss_fn(params, batch):
@@ -158,9 +156,7 @@ def test_all_groups_at_once(snippet, params, batch):
   assert error(run_recipe(snippet, params, batch), expected) < 1e-6
 
 
-@pytest.mark.skipif(
-  not hasattr(optax, 'microbatching'), reason='it came with Optax 0.2.7'
-)
+@needs_microbatching
 def test_one_group_after_the_other(snippet, params, batch):
   """The same groups."""
   expected = descended(params, batch, every_nth(EXAMPLES // M))

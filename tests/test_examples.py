@@ -22,6 +22,7 @@ import models
 import records
 import reporting
 import search
+from support import needs_pcast
 from support import program_env
 
 EXAMPLES = Path(__file__).parents[1] / 'examples'
@@ -265,9 +266,7 @@ def test_refused(monkeypatch, capsys):
     pytest.param(
       ['--m-sharpness=25', '--m-sharpness-by=shard_map'],
       ['--m-sharpness-by', '8', '4', '--batch-size 200'],
-      marks=pytest.mark.skipif(
-        not hasattr(jax.lax, 'pcast'), reason='JAX has no jax.lax.pcast yet'
-      ),
+      marks=needs_pcast,
     ),
     (
       ['--preset=paper-cifar10', '--dataset=digits'],

@@ -55,7 +55,7 @@ NETWORKS = {
 @functools.cache
 def mesh_of(name):
   """The mesh of a network."""
-  return tpu_aot.tpu_mesh(TOPOLOGY, NETWORKS[name].mesh_axes)
+  return NETWORKS[name].mesh(tpu_aot.chips(TOPOLOGY))
 
 
 def cost(name, step, init):
