@@ -15,6 +15,13 @@ import pytest
 import pages
 
 
+@pytest.fixture(scope='module', autouse=True)
+def compiled():
+  """Forgets what a file has compiled, or the programs of all take gigabytes."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
   """Turns float64 on for one test."""
