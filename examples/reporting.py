@@ -1,6 +1,8 @@
 """What a comparison reports: statistics, tables and a figure."""
 
+from collections.abc import Iterable
 from collections.abc import Mapping
+from collections.abc import Sequence
 import math
 from pathlib import Path
 from typing import Any
@@ -162,6 +164,24 @@ def format_accuracy(per_seed: Any) -> str:
   return f'{100 * mean:.2f} ± {100 * half_width:.2f}'
 
 
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+  """A table in Markdown."""
+  lines = [header, ['---'] * len(header), *rows]
+  return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def format_rho(results: Mapping[str, Any], name: str) -> str:
+  """An optimizer's rho, empty where it has none.
+
+  A star says that it is the first or the last of its candidates.
+  """
+  rho = results['optimizers'][name]['rho']
+  if not rho:
+    return ''
+  at_edge = name in results['search'] and results['search'][name]['at_edge']
+  return f'{rho:g}{"*" if at_edge else ""}'
+
+
 def make_table() -> Table:
   """A table whose eight columns find room in a terminal of 80."""
   return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -177,6 +197,11 @@ def describe(config: Mapping[str, Any]) -> str:
   """What the results are about."""
   noise = f'{100 * config["label_noise"]:g} %'
   return f'{config["model"]} on {config["dataset"]}, {noise} of labels wrong'
+
+
+def label(name: str, rho: float) -> str:
+  """What a figure calls an optimizer."""
+  return f'{name}, rho = {rho:g}' if rho else name
 
 
 def plot_interval(axes: Axes, curve: Any, *, color: str, label: str) -> None:
@@ -210,9 +235,12 @@ def write_figure(path: Path, results: Mapping[str, Any]) -> None:
       (loss_axes, 'train_loss'),
       (accuracy_axes, 'held_out_accuracy'),
     ):
-      label = f'{name}, rho = {result["rho"]:g}' if result['rho'] else name
-      curve = result['curves'][quantity]
-      plot_interval(axes, curve, color=COLORS[name], label=label)
+      plot_interval(
+        axes,
+        result['curves'][quantity],
+        color=COLORS[name],
+        label=label(name, result['rho']),
+      )
   loss_axes.set(ylabel='Training loss (cross-entropy, nats)', ylim=(0, None))
   accuracy_axes.set(ylabel='Held-out accuracy (%, noisy labels)')
   accuracy_axes.yaxis.set_major_formatter(

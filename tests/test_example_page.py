@@ -3,6 +3,10 @@
 import json
 import pathlib
 
+import pytest
+
+import study
+
 EXAMPLES = pathlib.Path(__file__).parents[1] / 'examples'
 PAGE = (EXAMPLES / 'README.md').read_text()
 
@@ -29,3 +33,26 @@ def test_cost_of_seed_axis():
   ratios = [read_ratios('seed-axis', model)['vmap'] for model in models]
   cells = ' | '.join(f'{ratio:.2f}' for ratio in ratios)
   assert f'\n| {" | ".join(models)} |\n|---|---|---|\n| {cells} |\n' in PAGE
+
+
+def test_study():
+  """All of the table, of runs that ended and of a commit as it was."""
+  results = study.load()
+  assert study.make_table(results) in PAGE
+  for result in results:
+    assert result['complete']
+    assert not result['commit'].endswith('-dirty')
+
+
+def test_study_figure():
+  """A panel for each result with the accuracies of its optimizers."""
+  results = study.load()
+  panels = study.draw(results).axes
+  assert len(panels) == len(results)
+  drawn = [line.get_ydata()[-1] for axes in panels for line in axes.lines]
+  recorded = [
+    optimizer['held_out_accuracy']['mean']
+    for result in results
+    for optimizer in result['optimizers'].values()
+  ]
+  assert sorted(drawn) == pytest.approx(sorted(recorded))
