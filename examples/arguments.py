@@ -213,6 +213,16 @@ def make_parser() -> Parser:
     help='the normalization of asam (elementwise)',
   )
   add(
+    '--normalize-biases',
+    action='store_true',
+    help='normalize biases as well, which the paper does not',
+  )
+  add(
+    '--perturb',
+    choices=optimizers.PERTURBED,
+    help='the layers that are perturbed: all, those of BatchNorm, or others',
+  )
+  add(
     '--ord',
     type=checked(float, lambda p: p > 1, 'a number > 1, or inf', '2 or inf'),
     help='the exponent p of the ball (2)',
@@ -268,8 +278,10 @@ NEEDS_OPTIMIZER = {
   'ord': optimizers.SHARPNESS_AWARE,
   'every_k': optimizers.SHARPNESS_AWARE,
   'm_sharpness': optimizers.SHARPNESS_AWARE,
+  'perturb': optimizers.SHARPNESS_AWARE,
   'eta': ('asam',),
   'normalization': ('asam',),
+  'normalize_biases': ('asam',),
 }
 
 
@@ -382,6 +394,12 @@ def check_choices(
       'argument --normalization: filterwise is for convolutions, and the same'
       ' as elementwise for --model mlp, which has none. Leave it out, or write'
       ' --model cnn.'
+    )
+  if args.perturb != 'all' and args.model in models.WITHOUT_BATCH_NORM:
+    parser.error(
+      f'argument --perturb: must be all for --model {args.model}, which has no'
+      f' BatchNorm, but got {args.perturb}. Leave it out, or write --model'
+      f' cnn-bn.'
     )
   check_groups(parser, given, args)
 

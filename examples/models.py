@@ -46,21 +46,30 @@ class CNN(nn.Module):
 
   With Flax's initialization, like the MLP. On images of 28 x 28 x 1 it has
   207 k parameters, of 32 x 32 x 3 it has 269 k, nearly all of them in the dense
-  layer. Strides stand in for pooling, whose gradient is slow on CPU.
+  layer. Strides stand in for pooling, whose gradient is slow on CPU. With
+  ``batch_norm``, BatchNorm stands after each convolution.
   """
 
   num_classes: int
   channels: Sequence[int] = (16, 32)
   hidden_size: int = 128
+  batch_norm: bool = False
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-    """Maps images [n, h, w, c] to logits; ``train`` is ignored."""
-    del train
+    """Maps images [n, h, w, c] to logits; ``train`` is for BatchNorm."""
     x = images
     for channels in self.channels:
-      conv = nn.Conv(channels, kernel_size=(3, 3), strides=2, padding=1)
-      x = nn.relu(conv(x))
+      x = nn.Conv(
+        channels,
+        kernel_size=(3, 3),
+        strides=2,
+        padding=1,
+        use_bias=not self.batch_norm,
+      )(x)
+      if self.batch_norm:
+        x = resnet.batch_norm(train)(x)
+      x = nn.relu(x)
     x = nn.relu(nn.Dense(self.hidden_size)(x.reshape(x.shape[0], -1)))
     return nn.Dense(self.num_classes)(x)
 
@@ -69,11 +78,13 @@ class CNN(nn.Module):
 MODELS: dict[str, Callable[[int], nn.Module]] = {
   'mlp': MLP,
   'cnn': CNN,
+  'cnn-bn': functools.partial(CNN, batch_norm=True),
   'resnet20': functools.partial(resnet.ResNet, depth=20),
   'resnet32': functools.partial(resnet.ResNet, depth=32),
   'wrn-16-4': functools.partial(resnet.WideResNet, depth=16, widening=4),
   'wrn-28-10': functools.partial(resnet.WideResNet, depth=28, widening=10),
 }
+WITHOUT_BATCH_NORM = ('mlp', 'cnn')
 
 
 def init(

@@ -7,6 +7,7 @@ name it in ``OPTIMIZERS``.
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -26,10 +27,30 @@ LossFn = Callable[
   tuple[jax.Array, models.ModelState],
 ]
 
-NORMALIZATIONS: dict[str, Callable[[float], normalization.Normalization]] = {
+NORMALIZATIONS: dict[str, Callable[..., normalization.Normalization]] = {
   'elementwise': normalization.elementwise,
   'filterwise': normalization.filterwise,
   'layerwise': normalization.layerwise,
+}
+
+
+def in_normalization_layers(params: optax.Params) -> Any:
+  """A mask of the parameters of BatchNorm."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: 'BatchNorm' in jax.tree_util.keystr(path), params
+  )
+
+
+def in_other_layers(params: optax.Params) -> Any:
+  """A mask of all other parameters."""
+  return jax.tree.map(lambda is_in: not is_in, in_normalization_layers(params))
+
+
+# Which layers are perturbed at all.
+PERTURBED = {
+  'all': None,
+  'normalization': in_normalization_layers,
+  'others': in_other_layers,
 }
 
 
@@ -58,7 +79,12 @@ def make_sam(
 ) -> m_sharpness.ValueAndGrad:
   """The gradient of SAM."""
   return optax_asam.value_and_grad(
-    loss_fn, has_aux=True, rho=rho, adaptive=False, ord=args.ord
+    loss_fn,
+    has_aux=True,
+    rho=rho,
+    adaptive=False,
+    ord=args.ord,
+    mask=PERTURBED[args.perturb],
   )
 
 
@@ -66,9 +92,18 @@ def make_asam(
   loss_fn: LossFn, rho: chex.Numeric, args: argparse.Namespace
 ) -> m_sharpness.ValueAndGrad:
   """The gradient of ASAM."""
-  adaptive = NORMALIZATIONS[args.normalization](args.eta)
+  make_normalization = NORMALIZATIONS[args.normalization]
   return optax_asam.value_and_grad(
-    loss_fn, has_aux=True, rho=rho, adaptive=adaptive, ord=args.ord
+    loss_fn,
+    has_aux=True,
+    rho=rho,
+    adaptive=(
+      make_normalization(args.eta, mask=None)
+      if args.normalize_biases
+      else make_normalization(args.eta)
+    ),
+    ord=args.ord,
+    mask=PERTURBED[args.perturb],
   )
 
 

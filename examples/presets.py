@@ -21,6 +21,8 @@ DEFAULTS = {
   'merge_held_out': False,
   'eta': 0.01,
   'normalization': 'elementwise',
+  'normalize_biases': False,
+  'perturb': 'all',
   'ord': 2.0,
   'every_k': 1,
   'm_sharpness': None,

@@ -63,6 +63,12 @@ def shapes(name, image_shape=COLOR, num_classes=10):
   [
     ('mlp', GRAY, 784 * 256 + 256**2 + 256 * 10 + 2 * 256 + 10, None),
     ('cnn', GRAY, 160 + 4640 + (7 * 7 * 32 + 1) * 128 + 1290, None),
+    (
+      'cnn-bn',
+      GRAY,
+      144 + 32 + 4608 + 64 + (7 * 7 * 32 + 1) * 128 + 1290,
+      None,
+    ),
     ('cnn', COLOR, 448 + 4640 + (8 * 8 * 32 + 1) * 128 + 1290, None),
     ('resnet20', COLOR, count_resnet(3), 0.27),
     ('resnet32', COLOR, count_resnet(5), 0.46),
@@ -91,7 +97,7 @@ def test_logits(name, image_shape):
     lambda p, s, x: models.apply_train(p, s, model, x), *inputs
   )
   assert new_model_state == model_state
-  assert bool(model_state) == (name not in ('mlp', 'cnn'))
+  assert bool(model_state) == (name not in models.WITHOUT_BATCH_NORM)
   assert logits == jax.eval_shape(
     lambda p, s, x: models.apply_eval(p, s, model, x), *inputs
   )

@@ -35,6 +35,12 @@ import training
 
 NUM_EXAMPLES = 18
 NUM_EPOCHS = 2
+# What is perturbed of the network below.
+MASKS = {
+  'all': None,
+  'normalization': {'Dense_0': False, 'BatchNorm_0': True, 'Dense_1': False},
+  'others': {'Dense_0': True, 'BatchNorm_0': False, 'Dense_1': True},
+}
 
 
 def newer_for(way):
@@ -136,9 +142,12 @@ def take_epoch(state, split, position, first_step, optimizer, rho, args):
       adaptive=(
         normalization.layerwise(args.eta)
         if args.normalization == 'layerwise'
+        else normalization.elementwise(args.eta, mask=None)
+        if args.normalize_biases
         else optimizer == 'asam'
       ),
       ord=args.ord,
+      mask=MASKS[args.perturb],
     )
     num_groups = args.batch_size // (args.m_sharpness or args.batch_size)
     (loss, model_state), grads = mean(
@@ -175,6 +184,8 @@ def take_epoch(state, split, position, first_step, optimizer, rho, args):
     ('asam', {'augment': True}),
     ('asam', {'ord': math.inf, 'every_k': 2}),
     ('asam', {'normalization': 'layerwise', 'eta': 0.1}),
+    ('asam', {'normalize_biases': True, 'perturb': 'normalization'}),
+    ('sam', {'perturb': 'others'}),
     ('asam', {'m_sharpness': 4, 'batch_size': 8, 'weight_decay': 0.1}),
     pytest.param(
       'asam',

@@ -260,6 +260,14 @@ def test_refused(monkeypatch, capsys):
       ['--normalization=filterwise'],
       ['--normalization', 'mlp', 'elementwise', '--model cnn'],
     ),
+    (
+      ['--perturb=normalization'],
+      ['--perturb', 'mlp', 'BatchNorm', '--model cnn-bn'],
+    ),
+    (
+      ['--optimizer=sam', '--normalize-biases'],
+      ['--normalize-biases', 'ignored', '--optimizer sam,asam'],
+    ),
     (['--every-k=0'], ['--every-k', "'0'"]),
     (['--m-sharpness=33'], ['--m-sharpness', '33', '100', '--m-sharpness 1']),
     (['--m-sharpness-by=vmap'], ['--m-sharpness-by', '--m-sharpness 32']),
