@@ -1,0 +1,379 @@
+"""Sharpness against generalization, over networks of one training loss.
+
+::
+
+    python experiments/correlation.py
+
+Trains networks over batch size, learning rate, weight decay and dropout on a
+part of Fashion-MNIST that they overfit, each until its loss on all of it is low
+enough. Then sharpness and adaptive sharpness are measured, and Kendall's rank
+correlation of each with the generalization gap, as the ASAM paper does (section
+3, with a Wide ResNet on CIFAR-10).
+
+What is finished lies in ``--out``: repeat the command to go on.
+"""
+
+import argparse
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import functools
+import json
+from pathlib import Path
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from matplotlib.figure import Figure
+import numpy as np
+import optax
+
+sys.path.append(str(Path(__file__).parents[1] / 'examples'))
+import data
+import equal_loss
+from optax_asam import normalization
+from optax_asam import sharpness
+import rank_correlation
+import records
+import reporting
+
+# All combinations are trained. The batch size first: each is a program.
+GRID = {
+  'batch_size': (32, 64, 128),
+  'lr': (0.01, 0.03, 0.1),
+  'weight_decay': (0.0, 1e-4, 5e-4, 1e-3),
+  'dropout': (0.0, 0.2, 0.4),
+}
+TRAIN_SIZE = 2000
+TARGET = 0.01
+MAX_EPOCHS = 400
+
+# Points that sharpness is measured on; each batch has its own perturbation.
+POINTS, BATCH = 1024, 128
+STEPS, SAMPLES = 20, 20
+NORMALIZATIONS = {
+  'sharpness': normalization.identity(),
+  'adaptive sharpness': normalization.elementwise(),
+}
+# The middle one is reported first; the others show what hangs on it.
+RADII = {
+  ('sharpness', 'worst', 2): (0.02, 0.05, 0.1),
+  ('sharpness', 'worst', np.inf): (2e-4, 5e-4, 1e-3),
+  ('sharpness', 'average', 2): (0.002, 0.005, 0.01),
+  ('sharpness', 'average', np.inf): (0.005, 0.01, 0.02),
+  ('adaptive sharpness', 'worst', 2): (0.2, 0.5, 1.0),
+  ('adaptive sharpness', 'worst', np.inf): (0.005, 0.01, 0.02),
+  ('adaptive sharpness', 'average', 2): (0.05, 0.1, 0.2),
+  ('adaptive sharpness', 'average', np.inf): (0.1, 0.2, 0.4),
+}
+# Kwon et al., 2021, for (name, p): overall, and the mean of the four settings,
+# as recalled: nobody has read them again in the paper.
+PAPER = {
+  ('sharpness', 2): (0.174, 0.259),
+  ('adaptive sharpness', 2): (0.636, 0.429),
+  ('sharpness', np.inf): (0.257, 0.316),
+  ('adaptive sharpness', np.inf): (0.616, 0.626),
+}
+
+
+def measure_name(name: str, case: str, ord: float, rho: float) -> str:
+  """What results.json calls a measure."""
+  return f'{name}, {case} case, p = {ord:g}, rho = {rho:g}'
+
+
+# From stacked parameters and a radius to a measure of each network.
+Quantity = Callable[[optax.Params, float], jax.Array]
+
+
+def make_quantities(dataset: data.Dataset) -> dict[str, Quantity]:
+  """Makes all that is measured, compiled once for all radii and batch sizes."""
+  network = equal_loss.Network(dataset.num_classes)
+  points = jax.tree.map(
+    lambda x: x[:POINTS].reshape(-1, BATCH, *x.shape[1:]), dataset.train
+  )
+  loss_fn = lambda params, split: equal_loss.loss_fn(params, network, split)
+  error_rate = lambda params, split: equal_loss.error_rate(
+    params, network, split
+  )
+
+  def make_sharpness(name, case, ord):
+    options = {
+      'normalization': NORMALIZATIONS[name],
+      'ord': ord,
+      'batches': points,
+    }
+    if case == 'worst':
+      return lambda params, rho: sharpness.worst_case(
+        loss_fn, params, rho, steps=STEPS, **options
+      )
+    return lambda params, rho: sharpness.average_case(
+      loss_fn,
+      params,
+      rho,
+      jax.random.key(0),
+      distribution='normal' if ord == 2 else 'uniform',
+      samples=SAMPLES,
+      **options,
+    )
+
+  quantities = {
+    ('test loss',): lambda params, _: loss_fn(params, dataset.test),
+    ('test error',): lambda params, _: error_rate(params, dataset.test),
+    ('train error',): lambda params, _: error_rate(params, dataset.train),
+    **{measure: make_sharpness(*measure) for measure in RADII},
+  }
+  # One network after the other: at once, they take more memory and as long.
+  return {
+    measure: jax.jit(
+      lambda params, rho, each=each: jax.lax.map(
+        lambda mine: each(mine, rho), params
+      )
+    )
+    for measure, each in quantities.items()
+  }
+
+
+def train_all(
+  dataset: data.Dataset, out: Path, report: Callable[[str], None]
+) -> list[tuple[equal_loss.Settings, equal_loss.Trained]]:
+  """Trains what is not trained yet, a program for each batch size."""
+  trained = []
+  for batch_size in GRID['batch_size']:
+    grid = rank_correlation.make_grid(GRID | {'batch_size': (batch_size,)})
+    seeds = np.arange(len(grid['lr']))  # Each its own initialization and order.
+    settings = equal_loss.Settings(**grid, seed=seeds)
+    file = out / f'networks-{batch_size}.npz'
+    if file.exists():
+      trained.append((settings, load(file)))
+      continue
+    start = time.perf_counter()
+    networks = equal_loss.train(
+      settings,
+      dataset.num_classes,
+      dataset.train,
+      target=TARGET,
+      max_epochs=MAX_EPOCHS,
+      report=lambda line, b=batch_size: report(f'batch size {b}, {line}'),
+    )
+    save(file, networks)
+    report(f'{file} after {time.perf_counter() - start:.0f} s')
+    trained.append((settings, networks))
+  return trained
+
+
+def save(file: Path, networks: equal_loss.Trained) -> None:
+  """Writes networks, all of them or nothing."""
+  leaves = jax.tree.leaves(networks)
+  with records.replacing(file) as partial, partial.open('wb') as stream:
+    np.savez(stream, *leaves)
+
+
+def load(file: Path) -> equal_loss.Trained:
+  """Reads what :func:`save` has written."""
+  with np.load(file) as arrays:
+    *leaves, train_loss, epochs = (arrays[name] for name in arrays.files)
+  names = [f'Dense_{i}' for i in range(len(equal_loss.HIDDEN_SIZES) + 1)]
+  biases_and_kernels = iter(leaves)
+  params = {
+    name: {leaf: next(biases_and_kernels) for leaf in ('bias', 'kernel')}
+    for name in names
+  }
+  return equal_loss.Trained(params, train_loss, epochs)
+
+
+def measure_all(
+  params: optax.Params,
+  quantities: Mapping[tuple[Any, ...], Quantity],
+  file: Path,
+  report: Callable[[str], None],
+) -> dict[str, list[float]]:
+  """All quantities [networks] by name; a file keeps what was measured."""
+  measured = json.loads(file.read_text()) if file.exists() else {}
+  for measure, quantity in quantities.items():
+    for rho in RADII.get(measure, (0.0,)):
+      name = measure_name(*measure, rho) if measure in RADII else measure[0]
+      if name not in measured:
+        start = time.perf_counter()
+        values = np.asarray(quantity(params, rho), np.float64)
+        measured[name] = values.tolist()
+        records.write_json(file, measured)
+        report(f'{name} after {time.perf_counter() - start:.0f} s')
+  return measured
+
+
+def correlate(
+  settings: Mapping[str, np.ndarray], measured: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+  """The rank correlations of each measure with the gap in the error."""
+  gap = measured['test error'] - measured['train error']
+  correlations = {}
+  for (name, case, ord), radii in RADII.items():
+    for rho in radii:
+      measure = measure_name(name, case, ord, rho)
+      x = measured[measure]
+      taus = rank_correlation.by_setting(x, gap, settings)
+      correlations[measure] = {
+        'overall': rank_correlation.overall(x, gap)._asdict(),
+        'by_setting': {
+          setting: rank_correlation.mean_over_groups(each)._asdict()
+          for setting, each in taus.items()
+        },
+        'mean_over_settings': rank_correlation.mean_over_settings(
+          taus
+        )._asdict(),
+      }
+  return correlations
+
+
+def table(results: Mapping[str, Any]) -> str:
+  """The correlations in Markdown, those of the middle radius."""
+  rows = []
+  for (name, case, ord), radii in RADII.items():
+    found = results['correlations'][measure_name(name, case, ord, radii[1])]
+    paper = PAPER[name, ord] if case == 'worst' else None
+    rows.append(
+      [
+        f'{name}, {case} case, p = {ord:g}',
+        _cell(found['overall']),
+        *(_cell(found['by_setting'][setting]) for setting in GRID),
+        _cell(found['mean_over_settings']),
+        f'{paper[0]:.3f}, {paper[1]:.3f}' if paper else '',
+      ]
+    )
+  settings = [name.replace('_', ' ') for name in GRID]
+  return reporting.markdown(
+    [
+      *('measure', 'overall', *settings, 'mean of the four'),
+      'paper: overall, mean',
+    ],
+    rows,
+  )
+
+
+def _cell(correlation: Mapping[str, float]) -> str:
+  return (
+    f'{correlation["tau"]:.2f} [{correlation["low"]:.2f},'
+    f' {correlation["high"]:.2f}]'
+  )
+
+
+def draw(results: Mapping[str, Any]) -> Figure:
+  """The gap over the worst-case measures of the middle radius."""
+  shown = [(key, radii[1]) for key, radii in RADII.items() if key[1] == 'worst']
+  figure = Figure(
+    figsize=(3.2 * len(shown), 3.2), dpi=150, layout='constrained'
+  )
+  all_axes = figure.subplots(1, len(shown), sharey=True)
+  measured, settings = results['measured'], results['settings']
+  gap = 100 * np.subtract(measured['test error'], measured['train error'])
+  for axes, ((name, case, ord), rho) in zip(all_axes, shown, strict=True):
+    measure = measure_name(name, case, ord, rho)
+    for dropout, color in zip(
+      GRID['dropout'], ('#0072b2', '#e69f00', '#d55e00'), strict=False
+    ):
+      mine = np.equal(settings['dropout'], dropout)
+      axes.plot(
+        np.asarray(measured[measure])[mine],
+        gap[mine],
+        'o',
+        markersize=3,
+        color=color,
+        label=f'dropout {dropout:g}',
+      )
+    tau = results['correlations'][measure]['overall']['tau']
+    axes.set(
+      title=f'p = {ord:g}, tau = {tau:.2f}', xlabel=f'{name}, rho = {rho:g}'
+    )
+    axes.set_xscale('log')
+    axes.spines[['top', 'right']].set_visible(False)
+  all_axes[0].set_ylabel('Generalization gap (error, %)')
+  all_axes[0].legend(frameon=False)
+  return figure
+
+
+def main(argv: Sequence[str]) -> None:
+  """Runs the program."""
+  parser = argparse.ArgumentParser(
+    description='Correlates sharpness with the generalization gap.',
+    allow_abbrev=False,
+  )
+  add = parser.add_argument
+  add('--data-dir', type=Path, help='folder with the files of Fashion-MNIST')
+  add('--out', type=Path, default=Path('out/correlation'), help='for results')
+  args = parser.parse_args(argv)
+  args.out.mkdir(parents=True, exist_ok=True)
+  report = functools.partial(print, flush=True)
+
+  try:
+    dataset = data.DATASETS['fashion_mnist'](args.data_dir, TRAIN_SIZE)
+  except data.DataError as error:
+    parser.error(str(error))
+  prepare = lambda split: data.Split(
+    dataset.preprocess(split.images), jnp.asarray(split.labels)
+  )
+  dataset = dataset._replace(
+    train=prepare(dataset.train), test=prepare(dataset.test)
+  )
+  quantities = make_quantities(dataset)
+  parts = [
+    (
+      settings,
+      networks,
+      measure_all(
+        networks.params,
+        quantities,
+        args.out / f'measured-{settings.batch_size[0]}.json',
+        report,
+      ),
+    )
+    for settings, networks in train_all(dataset, args.out, report)
+  ]
+  results = describe(argv, parts)
+  records.write_json(args.out / 'results.json', results)
+  with records.replacing(args.out / 'correlation.png') as partial:
+    draw(results).savefig(partial, format='png')
+  print(table(results))
+
+
+def describe(
+  argv: Sequence[str],
+  parts: Sequence[
+    tuple[equal_loss.Settings, equal_loss.Trained, Mapping[str, list[float]]]
+  ],
+) -> dict[str, Any]:
+  """What results.json holds; networks that did not get there are left out."""
+  train_loss = np.concatenate([networks.train_loss for _, networks, _ in parts])
+  there = np.isfinite(train_loss)
+  join = lambda arrays: np.concatenate([np.asarray(x) for x in arrays])[there]
+  settings = {
+    name: join(getattr(each, name) for each, _, _ in parts) for name in GRID
+  }
+  measured = {
+    name: join(each[name] for _, _, each in parts) for name in parts[0][2]
+  }
+  return {
+    **records.provenance('experiments/correlation.py', argv),
+    'config': {
+      'grid': {name: list(values) for name, values in GRID.items()},
+      'train_size': TRAIN_SIZE,
+      'target': TARGET,
+      'max_epochs': MAX_EPOCHS,
+      'points': POINTS,
+      'batch': BATCH,
+      'steps': STEPS,
+      'samples': SAMPLES,
+    },
+    'networks': len(train_loss),
+    'networks_at_target': int(there.sum()),
+    'settings': settings,
+    'train_loss': train_loss[there],
+    'epochs': join(networks.epochs for _, networks, _ in parts),
+    'measured': measured,
+    'correlations': correlate(settings, measured),
+  }
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])

@@ -1,0 +1,174 @@
+"""The tables and figures of ``experiments/README.md``, from recorded results.
+
+::
+
+    python experiments/paper_tables.py
+"""
+
+from collections.abc import Mapping
+import json
+from pathlib import Path
+import sys
+from typing import Any
+
+from matplotlib.figure import Figure
+import numpy as np
+
+sys.path.append(str(Path(__file__).parents[1] / 'examples'))
+import records
+import reporting
+
+FOLDER = Path(__file__).parent / 'comparisons'
+METHODS = ('sgd', 'sam', 'asam')
+
+# Kwon et al., 2021: accuracies of a WRN-28-10 on CIFAR-10 and CIFAR-100.
+CIFAR = {
+  'SGD, twice the epochs': '96.34, 81.56',
+  'SAM': '96.98, 83.42',
+  'ASAM': '97.28, 83.68',
+}
+# Those of a ResNet-32 on CIFAR-10 with wrong labels: SGD, SAM, ASAM.
+NOISE = {
+  0: (94.50, 94.80, 94.88),
+  20: (91.32, 92.94, 93.21),
+  40: (87.68, 90.62, 90.89),
+  60: (82.50, 86.58, 87.41),
+  80: (68.35, 69.92, 67.69),
+}
+# Rows of tables: title, and what the names of runs end with.
+NOISE_RUNS = {
+  f'{percent} %': f'noise-{percent}' if percent else 'all' for percent in NOISE
+}
+M_SHARPNESS = {'128, the batch': 'all', '32': 'm-32', '8': 'm-8'}
+LAYERS = {
+  'all': 'all',
+  'BatchNorm alone': 'perturb-normalization',
+  'all but BatchNorm': 'perturb-others',
+}
+# In the table of image classification a row is one method of a run.
+CLASSIFICATION = {
+  'SGD': ('all', 'sgd'),
+  'SGD, twice the epochs': ('sgd-twice', 'sgd'),
+  'SAM': ('all', 'sam'),
+  'ASAM': ('all', 'asam'),
+  'ASAM, p = inf': ('asam-inf', 'asam'),
+  'ASAM, filter-wise': ('asam-filterwise', 'asam'),
+  'ASAM, biases normalized': ('asam-biases', 'asam'),
+}
+
+Results = Mapping[str, Mapping[str, Any]]
+
+
+def load(folder: Path = FOLDER) -> Results:
+  """The recorded results of all runs, by name."""
+  return {
+    path.stem: json.loads(path.read_text())
+    for path in sorted(folder.glob('*.json'))
+  }
+
+
+def cell(results: Results, run: str, method: str) -> str:
+  """The accuracy of a method in a run, and its rho in brackets.
+
+  Empty where it was not run.
+  """
+  if run not in results or method not in results[run]['optimizers']:
+    return ''
+  optimizer = results[run]['optimizers'][method]
+  accuracy = reporting.format_accuracy(optimizer['test_accuracy']['per_seed'])
+  rho = reporting.format_rho(results[run], method)
+  return f'{accuracy} ({rho})' if rho else accuracy
+
+
+def classification(results: Results) -> str:
+  """Image classification, beside the paper's tables."""
+  return reporting.markdown(
+    ['', 'MLP', 'CNN', 'paper: CIFAR-10, CIFAR-100'],
+    [
+      [
+        title,
+        cell(results, f'mlp-{run}', method),
+        cell(results, f'cnn-{run}', method),
+        CIFAR.get(title, ''),
+      ]
+      for title, (run, method) in CLASSIFICATION.items()
+    ],
+  )
+
+
+def comparison(
+  results: Results, what: str, model: str, runs: Mapping[str, str]
+) -> str:
+  """SGD, SAM and ASAM in some runs of a model."""
+  return reporting.markdown(
+    [what, 'SGD', 'SAM', 'ASAM'],
+    [
+      [title, *(cell(results, f'{model}-{run}', name) for name in METHODS)]
+      for title, run in runs.items()
+    ],
+  )
+
+
+def published_noise() -> str:
+  """The paper's table of wrong labels."""
+  return reporting.markdown(
+    ['paper: ResNet-32, wrong labels', 'SGD', 'SAM', 'ASAM'],
+    [
+      [f'{percent} %', *(f'{accuracy:.2f}' for accuracy in accuracies)]
+      for percent, accuracies in NOISE.items()
+    ],
+  )
+
+
+def draw_noise(results: Results) -> Figure:
+  """Test accuracy by wrong labels: the MLP, the CNN, and the paper's."""
+  figure = Figure(figsize=(10, 3.2), dpi=150, layout='constrained')
+  mlp_axes, cnn_axes, paper_axes = figure.subplots(1, 3)
+  for method, published in zip(
+    METHODS, np.transpose(list(NOISE.values())), strict=True
+  ):
+    style = {'color': reporting.COLORS[method], 'label': method}
+    for model, axes in (('mlp', mlp_axes), ('cnn', cnn_axes)):
+      per_seed = [
+        results[f'{model}-{run}']['optimizers'][method]['test_accuracy'][
+          'per_seed'
+        ]
+        for run in NOISE_RUNS.values()
+      ]
+      mean, half_width = reporting.t_interval(100 * np.asarray(per_seed))
+      axes.errorbar(list(NOISE), mean, half_width, **style)
+    paper_axes.plot(list(NOISE), published, **style)
+  for axes, title in (
+    (mlp_axes, 'MLP, Fashion-MNIST'),
+    (cnn_axes, 'CNN, Fashion-MNIST'),
+    (paper_axes, 'Kwon et al., ResNet-32, CIFAR-10'),
+  ):
+    axes.set(title=title, xlabel='Wrong labels (%)')
+    reporting.tidy(axes)
+  mlp_axes.set_ylabel('Test accuracy (%)')
+  mlp_axes.legend(loc='lower left')
+  return figure
+
+
+def tables(results: Results) -> list[str]:
+  """All tables of the page."""
+  return [
+    classification(results),
+    comparison(results, 'MLP, wrong labels', 'mlp', NOISE_RUNS),
+    comparison(results, 'CNN, wrong labels', 'cnn', NOISE_RUNS),
+    published_noise(),
+    comparison(results, 'MLP, examples of a group', 'mlp', M_SHARPNESS),
+    comparison(results, 'CNN, layers perturbed', 'cnn-bn', LAYERS),
+  ]
+
+
+def main() -> None:
+  """Runs the program."""
+  results = load()
+  print('\n\n'.join(tables(results)))
+  with records.replacing(FOLDER / 'noise.png') as partial:
+    draw_noise(results).savefig(partial, format='png')
+
+
+if __name__ == '__main__':
+  main()

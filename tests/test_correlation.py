@@ -1,0 +1,184 @@
+"""Promise: networks of one training loss, and rank correlations, are right."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import correlation
+import data
+import equal_loss
+import rank_correlation
+from support import error
+
+NUM_EXAMPLES, NUM_CLASSES = 24, 3
+TARGET = 0.4
+
+
+@pytest.fixture(scope='module')
+def split():
+  """A few images that a network soon knows by heart."""
+  rng = np.random.default_rng(0)
+  return data.Split(
+    jnp.asarray(rng.standard_normal((NUM_EXAMPLES, 4, 4, 1)), jnp.float32),
+    jnp.asarray(rng.integers(0, NUM_CLASSES, NUM_EXAMPLES), jnp.int32),
+  )
+
+
+def make_settings(**changes):
+  """Four networks, of which some are faster than others."""
+  settings = {
+    'batch_size': np.full(4, 8),
+    'lr': np.array([0.003, 0.01, 0.03, 0.1]),
+    'weight_decay': np.array([0.0, 1e-3, 0.0, 1e-3]),
+    'dropout': np.array([0.0, 0.0, 0.3, 0.3]),
+    'seed': np.arange(4),
+  }
+  return equal_loss.Settings(**settings | changes)
+
+
+def train(settings, split, max_epochs=200):
+  """Trains without a word."""
+  return equal_loss.train(
+    settings,
+    NUM_CLASSES,
+    split,
+    target=TARGET,
+    max_epochs=max_epochs,
+    report=lambda line: None,
+  )
+
+
+def take(tree, i):
+  """One network's part."""
+  return jax.tree.map(lambda x: x[i], tree)
+
+
+def test_each_reaches_the_loss(split):
+  """The loss of what is returned is the recorded one, and low enough.
+
+  Those that are soon there do not change what becomes of the others.
+  """
+  settings = make_settings()
+  trained = train(settings, split)
+  network = equal_loss.Network(NUM_CLASSES)
+  assert len(set(trained.epochs)) > 2
+  for i in range(4):
+    params = take(trained.params, i)
+    loss = equal_loss.loss_fn(params, network, split)
+    assert loss <= TARGET
+    assert loss == pytest.approx(trained.train_loss[i], rel=1e-5)
+  slowest = int(np.argmax(trained.epochs))
+  alone = train(take(settings, slice(slowest, slowest + 1)), split)
+  assert alone.epochs[0] == trained.epochs[slowest]
+  assert error(take(alone.params, 0), take(trained.params, slowest)) < 1e-3
+
+
+def test_steps(split):
+  """Batches of everything make the steps of SGD by its formula."""
+  settings = make_settings(
+    batch_size=np.full(4, NUM_EXAMPLES), dropout=np.zeros(4)
+  )
+  trained = train(settings, split)
+  network = equal_loss.Network(NUM_CLASSES)
+  i = 3
+  init_key, _ = jax.random.split(jax.random.key(i))
+  params = network.init(init_key, split.images[:1])['params']
+  velocity = jax.tree.map(jnp.zeros_like, params)
+  losses = []
+  for _ in range(int(trained.epochs[i])):
+    grads = jax.grad(equal_loss.loss_fn)(params, network, split)
+    velocity = jax.tree.map(
+      lambda v, g, w: 0.9 * v + g + 1e-3 * w, velocity, grads, params
+    )
+    params = jax.tree.map(lambda w, v: w - 0.1 * v, params, velocity)
+    losses.append(float(equal_loss.loss_fn(params, network, split)))
+  assert error(take(trained.params, i), jax.device_get(params)) < 1e-4
+  assert losses[-1] <= TARGET < min(losses[:-1])
+
+
+def test_those_that_do_not_get_there(split):
+  """What was not reached is NaN, not what happened to be there."""
+  trained = train(
+    make_settings(lr=np.array([0.0, 0.03, 0.03, 0.03])), split, 60
+  )
+  assert np.isnan(trained.train_loss[0])
+  assert np.isnan(trained.epochs[0])
+  assert all(np.isnan(x[0]).all() for x in jax.tree.leaves(trained.params))
+  assert np.isfinite(trained.train_loss[1:]).all()
+
+
+def test_dropout(split):
+  """After each ReLU units are dropped, and those that stay are scaled."""
+  network = equal_loss.Network(NUM_CLASSES)
+  params = network.init(jax.random.key(0), split.images)['params']
+  rate, key = 0.3, jax.random.key(1)
+  x, count = np.asarray(split.images).reshape(NUM_EXAMPLES, -1), 0
+  for i in range(len(equal_loss.HIDDEN_SIZES)):
+    layer = params[f'Dense_{i}']
+    x = np.maximum(x @ layer['kernel'] + layer['bias'], 0)
+    keep = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - rate, x.shape)
+    count += keep.mean() / len(equal_loss.HIDDEN_SIZES)
+    x = x * keep / (1 - rate)
+  layer = params[f'Dense_{i + 1}']
+  result = network.apply({'params': params}, split.images, rate, key)
+  np.testing.assert_allclose(
+    result, x @ layer['kernel'] + layer['bias'], atol=1e-5
+  )
+  assert count == pytest.approx(1 - rate, abs=0.03)
+  kept = network.apply({'params': params}, split.images, 0.0, key)
+  clean = network.apply({'params': params}, split.images)
+  np.testing.assert_array_equal(clean, kept)
+
+
+def count_tau(x, y):
+  """Concordant less discordant pairs, of all; without ties."""
+  signs = [
+    np.sign(x[i] - x[j]) * np.sign(y[i] - y[j])
+    for i, j in itertools.combinations(range(len(x)), 2)
+  ]
+  return np.mean(signs)
+
+
+def test_tau():
+  """It is what counting pairs gives."""
+  rng = np.random.default_rng(0)
+  x, y = rng.standard_normal((2, 12))
+  assert rank_correlation.tau(x, y) == pytest.approx(count_tau(x, y))
+  found = rank_correlation.overall(x, y)
+  assert found.tau == pytest.approx(count_tau(x, y))
+  assert found.low < found.tau < found.high
+  assert rank_correlation.overall(x, x) == pytest.approx((1, 1, 1))
+
+
+def test_by_setting():
+  """Each group differs in one setting alone."""
+  settings = rank_correlation.make_grid({'a': (0, 1, 2), 'b': (0, 1)})
+  np.testing.assert_array_equal(settings['a'], [0, 0, 1, 1, 2, 2])
+  np.testing.assert_array_equal(settings['b'], [0, 1, 0, 1, 0, 1])
+  x = np.arange(6.0)
+  y = np.array([0.0, 5.0, 1.0, 4.0, 2.0, 3.0])
+  taus = rank_correlation.by_setting(x, y, settings)
+  # Along a, y rises where b = 0 and falls where b = 1; along b it rises.
+  np.testing.assert_allclose(taus['a'], [1, -1])
+  np.testing.assert_allclose(taus['b'], [1, 1, 1])
+  found = rank_correlation.mean_over_groups(taus['b'])
+  assert found == pytest.approx((1, 1, 1))
+  assert rank_correlation.mean_over_settings(taus).tau == pytest.approx(0.5)
+  # Without models 0 and 1, a group of one for each b is left.
+  rest = {name: values[2:] for name, values in settings.items()}
+  np.testing.assert_allclose(
+    rank_correlation.by_setting(x[2:], y[2:], rest)['b'], [1, 1]
+  )
+
+
+def test_names_of_measures():
+  """Each measure and radius has a name of its own."""
+  names = [
+    correlation.measure_name(*measure, rho)
+    for measure, radii in correlation.RADII.items()
+    for rho in radii
+  ]
+  assert len(set(names)) == 3 * len(correlation.RADII)
