@@ -87,7 +87,7 @@ def measure_name(name: str, case: str, ord: float, rho: float) -> str:
 Quantity = Callable[[optax.Params, float], jax.Array]
 
 
-def make_quantities(dataset: data.Dataset) -> dict[str, Quantity]:
+def make_quantities(dataset: data.Dataset) -> dict[tuple[Any, ...], Quantity]:
   """Makes all that is measured, compiled once for all radii and batch sizes."""
   network = equal_loss.Network(dataset.num_classes)
   points = jax.tree.map(
@@ -193,7 +193,7 @@ def measure_all(
   measured = json.loads(file.read_text()) if file.exists() else {}
   for measure, quantity in quantities.items():
     for rho in RADII.get(measure, (0.0,)):
-      name = measure_name(*measure, rho) if measure in RADII else measure[0]
+      name = measure_name(*measure, rho=rho) if measure in RADII else measure[0]
       if name not in measured:
         start = time.perf_counter()
         values = np.asarray(quantity(params, rho), np.float64)

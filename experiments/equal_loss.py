@@ -87,9 +87,7 @@ def loss_fn(
   params: optax.Params, network: Network, split: data.Split, *dropout: Any
 ) -> jax.Array:
   """The mean cross-entropy; ``dropout`` is a rate and a key, or nothing."""
-  logits = jnp.asarray(
-    network.apply({'params': params}, split.images, *dropout)
-  )
+  logits = _apply(params, network, split.images, *dropout)
   return models.cross_entropy(logits, split.labels)
 
 
@@ -97,8 +95,15 @@ def error_rate(
   params: optax.Params, network: Network, split: data.Split
 ) -> jax.Array:
   """The fraction of wrong predictions."""
-  logits = jnp.asarray(network.apply({'params': params}, split.images))
+  logits = _apply(params, network, split.images)
   return jnp.mean(jnp.argmax(logits, axis=-1) != split.labels)
+
+
+def _apply(
+  params: optax.Params, network: Network, images: data.Array, *dropout: Any
+) -> jax.Array:
+  variables: dict[str, Any] = {'params': params}
+  return jnp.asarray(network.apply(variables, images, *dropout))
 
 
 def train(

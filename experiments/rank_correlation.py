@@ -30,7 +30,8 @@ def tau(x: np.ndarray, y: np.ndarray) -> float:
   """Kendall's tau-b; NaN where x or y is constant."""
   if len(x) < 2:
     return np.nan
-  return float(scipy.stats.kendalltau(x, y).statistic)
+  found: Any = scipy.stats.kendalltau(x, y)  # Its stubs lack the attributes.
+  return float(found.statistic)
 
 
 def overall(x: np.ndarray, y: np.ndarray, seed: int = 0) -> Correlation:
@@ -39,7 +40,9 @@ def overall(x: np.ndarray, y: np.ndarray, seed: int = 0) -> Correlation:
 
 
 def by_setting(
-  x: np.ndarray, y: np.ndarray, settings: Mapping[str, Sequence[Any]]
+  x: np.ndarray,
+  y: np.ndarray,
+  settings: Mapping[str, Sequence[Any] | np.ndarray],
 ) -> dict[str, np.ndarray]:
   """For each setting, the tau of each group that differs in it alone.
 
