@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import pytest
 
@@ -42,6 +43,16 @@ def test_study():
   for result in results:
     assert result['complete']
     assert not result['commit'].endswith('-dirty')
+  _, _, section = PAGE.partition('## A study of wrong labels')
+  section, _, _ = section.partition('\n## ')
+  means = {
+    f'{100 * optimizer["test_accuracy"]["mean"]:.1f}'
+    for result in results
+    for optimizer in result['optimizers'].values()
+  }
+  named = re.findall(r'(\d+\.\d) %', section)
+  assert named
+  assert set(named) <= means
 
 
 def test_study_figure():
