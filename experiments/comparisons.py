@@ -94,8 +94,10 @@ def run(name: str, out: Path, options: Sequence[str]) -> bool:
   if is_finished(folder):
     return True
   folder.mkdir(parents=True, exist_ok=True)
+  # Relative to where it runs, as the results name them.
   command = [
-    *(sys.executable, 'examples/train.py', f'--out={folder.absolute()}'),
+    *(sys.executable, 'examples/train.py'),
+    f'--out={os.path.relpath(folder, ROOT)}',
     *RUNS[name],
     *options,
     *(['--resume'] if (folder / 'checkpoints.json').exists() else []),
@@ -140,7 +142,9 @@ def main(argv: Sequence[str]) -> None:
       f'there is no run {unknown[0]!r}. Write some of {", ".join(RUNS)}, or'
       f' none for all.'
     )
-  options = [f'--data-dir={args.data_dir.absolute()}'] if args.data_dir else []
+  options = []
+  if args.data_dir:
+    options = [f'--data-dir={os.path.relpath(args.data_dir, ROOT)}']
   with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
     ended = pool.map(
       functools.partial(run, out=args.out, options=options), args.runs or RUNS
