@@ -173,7 +173,7 @@ def tables(cases: Sequence[Mapping[str, Any]]) -> list[str]:
 def memory_table(cases: Sequence[Mapping[str, Any]]) -> str:
   """Sizes in GiB on one chip, and how long the compiler took."""
   rows = [
-    [*KEYS, 'arguments', 'temporaries', 'peak', 'accessed', 'compiled in'],
+    [*KEYS, 'args', 'temps', 'peak', 'accessed', 'compiled'],
     ['---', '---', '---', *['---:'] * 5],
   ]
   for case in cases:

@@ -92,16 +92,14 @@ def make_asam(
   loss_fn: LossFn, rho: chex.Numeric, args: argparse.Namespace
 ) -> m_sharpness.ValueAndGrad:
   """The gradient of ASAM."""
-  make_normalization = NORMALIZATIONS[args.normalization]
+  adaptive = NORMALIZATIONS[args.normalization](
+    args.eta, mask=None if args.normalize_biases else normalization.not_bias
+  )
   return optax_asam.value_and_grad(
     loss_fn,
     has_aux=True,
     rho=rho,
-    adaptive=(
-      make_normalization(args.eta, mask=None)
-      if args.normalize_biases
-      else make_normalization(args.eta)
-    ),
+    adaptive=adaptive,
     ord=args.ord,
     mask=PERTURBED[args.perturb],
   )
