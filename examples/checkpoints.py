@@ -3,17 +3,22 @@
 from collections.abc import Callable
 from collections.abc import Mapping
 import hashlib
+import json
 import pathlib
 import shutil
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
+
+import records
 
 # One for going on, and the one before, if a crash of the machine damaged it.
 NUM_KEPT = 2
+
+# In the folder of each: the SHA-256 of its files.
+DIGESTS = 'sha256.json'
 
 PyTree = Any
 
@@ -22,7 +27,8 @@ class Checkpoints:
   """The checkpoints in a folder.
 
   Orbax writes each beside its place, and moves it there once it is complete: a
-  kill in the middle leaves the one before.
+  kill in the middle leaves the one before. The digests of the files come last,
+  so that one that is damaged is known before Orbax reads it.
   """
 
   def __init__(self, folder: pathlib.Path):
@@ -43,16 +49,15 @@ class Checkpoints:
     self, step: int, states: PyTree, progress: Mapping[str, Any]
   ) -> None:
     """Writes arrays, and what JSON can hold."""
-    states = _without_keys(states)
     self._manager.save(
       step,
       args=ocp.args.Composite(
-        states=ocp.args.StandardSave(states),
-        progress=ocp.args.JsonSave(
-          {**progress, 'sha256_of_states': _digest(states)}
-        ),
+        states=ocp.args.StandardSave(_without_keys(states)),
+        progress=ocp.args.JsonSave(progress),
       ),
     )
+    folder = self._folder / str(step)
+    records.write_json(folder / DIGESTS, _digests(folder))
 
   def restore(
     self,
@@ -70,25 +75,24 @@ class Checkpoints:
       The states and the progress, or None where there is no whole checkpoint.
     """
     for step in reversed(self.steps):
-      try:
-        progress = self._manager.restore(
-          step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())
-        )['progress']
-        template = make_states(progress)
-        states = self._manager.restore(
-          step,
-          args=ocp.args.Composite(
-            states=ocp.args.StandardRestore(_without_keys(template))
-          ),
-        )['states']
-        if _digest(states) != progress['sha256_of_states']:
-          raise ValueError('its arrays are not those that were written')
-      except Exception as error:  # Whatever Orbax meets in a damaged file.
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
-        report(f'Checkpoint {step} is damaged, and left out: {reason}')
+      if not _is_whole(self._folder / str(step)):
+        report(
+          f'Checkpoint {step} is damaged, and left out: its files are not those'
+          f' that were written.'
+        )
         self._set_aside(step)
-      else:
-        return _with_keys(states, template), progress
+        continue
+      progress = self._manager.restore(
+        step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())
+      )['progress']
+      template = make_states(progress)
+      states = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          states=ocp.args.StandardRestore(_without_keys(template))
+        ),
+      )['states']
+      return _with_keys(states, template), progress
     return None
 
   def _set_aside(self, step: int) -> None:
@@ -125,9 +129,24 @@ def _with_keys(tree: PyTree, template: PyTree) -> PyTree:
   )
 
 
-def _digest(tree: PyTree) -> str:
-  """A digest of all bits of ``tree``."""
-  digest = hashlib.sha256()
-  for leaf in jax.tree.leaves(tree):
-    digest.update(np.asarray(leaf).tobytes())
-  return digest.hexdigest()
+def _digests(folder: pathlib.Path) -> dict[str, str]:
+  """The digest of each file that Orbax wrote, by its path in ``folder``."""
+  return {
+    file.relative_to(folder).as_posix(): _digest(file)
+    for file in sorted(folder.rglob('*'))
+    if file.is_file() and file.name != DIGESTS
+  }
+
+
+def _digest(file: pathlib.Path) -> str:
+  with file.open('rb') as opened:
+    return hashlib.file_digest(opened, 'sha256').hexdigest()
+
+
+def _is_whole(folder: pathlib.Path) -> bool:
+  """Whether the files are there, bit for bit, and no others."""
+  try:
+    written = json.loads((folder / DIGESTS).read_text())
+  except (OSError, ValueError):  # Killed before they were written; damaged.
+    return False
+  return written == _digests(folder)
