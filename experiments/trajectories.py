@@ -43,17 +43,12 @@ import argparse
 from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
-import json
 from pathlib import Path
-import platform
-import re
-import shlex
 import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
@@ -61,12 +56,13 @@ from matplotlib.patches import Ellipse
 import numpy as np
 import optax
 
-import optax_asam
+sys.path.append(str(Path(__file__).parents[1] / 'examples'))
 from optax_asam import asam
 from optax_asam import ascent
 from optax_asam import normalization
 from optax_asam import sam
 from optax_asam import sharpness
+import records
 
 LEARNING_RATE = 0.05
 RHO = 0.05
@@ -331,13 +327,6 @@ def finish(figure: Figure, axes: Axes, path: Path) -> None:
   figure.savefig(path)
 
 
-def write_json(path: Path, results: Mapping[str, Any]) -> None:
-  """Writes ``results``, each pair of numbers on one line."""
-  text = json.dumps(results, indent=2, allow_nan=False)
-  number = r'\s*(-?[\d.e-]+)\s*'
-  path.write_text(re.sub(rf'\[{number},{number}\]', r'[\1, \2]', text) + '\n')
-
-
 def main(argv: Sequence[str]) -> None:
   """Runs the program."""
   parser = argparse.ArgumentParser(
@@ -350,19 +339,12 @@ def main(argv: Sequence[str]) -> None:
   )
   args = parser.parse_args(argv)
   results = {
-    'command': shlex.join(['python', 'experiments/trajectories.py', *argv]),
-    'versions': {
-      'python': platform.python_version(),
-      **{
-        module.__name__: module.__version__
-        for module in (jax, matplotlib, np, optax, optax_asam)
-      },
-    },
+    **records.provenance('experiments/trajectories.py', argv),
     'trajectories': compute_trajectories(),
     'balls': compute_balls(),
   }
   args.out.mkdir(parents=True, exist_ok=True)
-  write_json(args.out / 'results.json', results)
+  records.write_json(args.out / 'results.json', results)
   write_trajectories(args.out / 'trajectories.png', results['trajectories'])
   write_balls(args.out / 'balls.png', results['balls'])
 
