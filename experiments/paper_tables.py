@@ -27,13 +27,27 @@ CIFAR = {
   'SAM': '96.98, 83.42',
   'ASAM': '97.28, 83.68',
 }
-# Those of a ResNet-32 on CIFAR-10 with wrong labels: SGD, SAM, ASAM.
+# Those of a ResNet-32 on CIFAR-10 by wrong labels, %: SGD, SAM, ASAM.
 NOISE = {
   0: (94.50, 94.80, 94.88),
   20: (91.32, 92.94, 93.21),
   40: (87.68, 90.62, 90.89),
   60: (82.50, 86.58, 87.41),
   80: (68.35, 69.92, 67.69),
+}
+# Andriushchenko and Flammarion, 2022 (arXiv 2206.06232): errors of a ResNet-18
+# on CIFAR-10, by the examples that share a perturbation.
+PUBLISHED_M_SHARPNESS = {
+  'none is perturbed': '5.15',
+  'all': 'about 5.1',
+  '128': 'about 4.3',
+}
+# Mueller et al., 2023 (arXiv 2306.04226): accuracies of a WRN-28-10 on
+# CIFAR-100, by the layers perturbed: SGD, SAM, ASAM.
+PUBLISHED_LAYERS = {
+  'all': ('80.7', '83.6', '83.8'),
+  'BatchNorm alone': ('', '84.2', '84.7'),
+  'all but BatchNorm': ('', '', '81.4'),
 }
 # Rows of tables: title, and what the names of runs end with.
 NOISE_RUNS = {
@@ -109,15 +123,25 @@ def comparison(
   )
 
 
-def published_noise() -> str:
-  """The paper's table of wrong labels."""
-  return reporting.markdown(
-    ['paper: ResNet-32, wrong labels', 'SGD', 'SAM', 'ASAM'],
-    [
-      [f'{percent} %', *(f'{accuracy:.2f}' for accuracy in accuracies)]
-      for percent, accuracies in NOISE.items()
-    ],
-  )
+def published() -> list[str]:
+  """The tables of the papers that are beside those measured here."""
+  return [
+    reporting.markdown(
+      ['paper: ResNet-32, wrong labels', 'SGD', 'SAM', 'ASAM'],
+      [
+        [f'{percent} %', *(f'{accuracy:.2f}' for accuracy in accuracies)]
+        for percent, accuracies in NOISE.items()
+      ],
+    ),
+    reporting.markdown(
+      ['later work: examples of a perturbation', 'error of SAM'],
+      [list(row) for row in PUBLISHED_M_SHARPNESS.items()],
+    ),
+    reporting.markdown(
+      ['later work: layers perturbed', 'SGD', 'SAM', 'ASAM'],
+      [[title, *cells] for title, cells in PUBLISHED_LAYERS.items()],
+    ),
+  ]
 
 
 def draw_noise(results: Results) -> Figure:
@@ -156,9 +180,9 @@ def tables(results: Results) -> list[str]:
     classification(results),
     comparison(results, 'MLP, wrong labels', 'mlp', NOISE_RUNS),
     comparison(results, 'CNN, wrong labels', 'cnn', NOISE_RUNS),
-    published_noise(),
     comparison(results, 'MLP, examples of a group', 'mlp', M_SHARPNESS),
     comparison(results, 'CNN, layers perturbed', 'cnn-bn', LAYERS),
+    *published(),
   ]
 
 

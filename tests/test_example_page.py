@@ -55,6 +55,23 @@ def test_study():
   assert set(named) <= means
 
 
+@pytest.mark.parametrize(
+  ('result', 'optimizer', 'low', 'others_above', 'sentence'),
+  [
+    ('mlp-0.4', 'sam', 0.50, 0.83, 'at 50 % while four end above 83 %'),
+    ('cnn-0.4-lr0.03', 'asam', 0.10, 0.73, 'above 73 % and one at chance'),
+  ],
+)
+def test_study_seeds(result, optimizer, low, others_above, sentence):
+  """One seed of them fails, as the page says."""
+  recorded = json.loads((EXAMPLES / 'study' / f'{result}.json').read_text())
+  per_seed = recorded['optimizers'][optimizer]['test_accuracy']['per_seed']
+  lowest, *others = sorted(per_seed)
+  assert lowest == pytest.approx(low, abs=0.005)
+  assert min(others) > others_above
+  assert sentence in ' '.join(PAGE.split())
+
+
 def test_study_figure():
   """A panel for each result with the accuracies of its optimizers."""
   results = study.load()
