@@ -26,10 +26,10 @@ class DataError(Exception):
 
 
 class Published(NamedTuple):
-  """A file as its authors publish it."""
+  """A file as its authors publish it; some give no checksum."""
 
   url: str
-  md5: str
+  md5: str | None
 
   @property
   def name(self) -> str:
@@ -81,7 +81,7 @@ def download(published: Published) -> Path:
     return Path(
       pooch.retrieve(
         published.url,
-        f'md5:{published.md5}',
+        published.md5 and f'md5:{published.md5}',
         published.name,
         CACHE,
         downloader=downloader,
@@ -108,9 +108,9 @@ def explaining(place: Path | str, published: Published) -> Iterator[None]:
     ) from error
 
 
-def check_md5(md5: str, needed: str) -> None:
-  """Raises a ValueError unless a checksum is the one that is needed."""
-  if md5 != needed:
+def check_md5(md5: str, needed: str | None) -> None:
+  """Raises a ValueError unless a checksum is the one that is needed, if any."""
+  if needed and md5 != needed:
     raise ValueError(f'its MD5 must be {needed}, but is {md5}')
 
 
@@ -133,20 +133,20 @@ def read(path: Path, md5: str) -> bytes:
 
 
 def read_members(
-  path: Path, md5: str, folder: str, names: Sequence[str]
+  path: Path, md5: str | None, folder: str, names: Sequence[str]
 ) -> dict[str, bytes]:
   """Reads files from a compressed tar archive, or from what it was.
 
   Args:
     path: The archive; or ``folder`` extracted from it; or a file of that.
-    md5: The checksum of the archive.
+    md5: The checksum of the archive, None if it is not known.
     folder: The folder in the archive.
     names: Names of files in it.
 
   Returns:
     From each name to the content.
   """
-  if path.suffix != '.gz':
+  if path.suffix not in ('.gz', '.tgz'):
     extracted = path if path.is_dir() else path.parent
     return {name: (extracted / name).read_bytes() for name in names}
   with path.open('rb') as file:

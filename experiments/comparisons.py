@@ -4,10 +4,10 @@
 
     python experiments/comparisons.py --jobs 2
 
-A run chooses rho among six values of the paper's grid, on held-out data with
-one seed, and trains with it: the MLP on 60,000 images of Fashion-MNIST with
-five seeds, the CNN on 10,000 with three. Each has a folder in ``--out``.
-What is finished is not run again, and what was interrupted goes on.
+A run chooses rho among six values, on held-out data with one seed, and trains
+with it: the MLP on 60,000 images of Fashion-MNIST with five seeds, the CNN on
+10,000 with three. Each has a folder in ``--out``. What is finished is not run
+again, and what was interrupted goes on.
 """
 
 import argparse

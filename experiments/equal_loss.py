@@ -21,7 +21,7 @@ import models
 MOMENTUM = 0.9
 HIDDEN_SIZES = (256, 256)
 # How often in an epoch the loss on the whole training set is looked at.
-CHECKS = 4
+LOOKS = 8
 
 
 class Settings(NamedTuple):
@@ -51,11 +51,20 @@ class Trained(NamedTuple):
 
 
 class TrainState(NamedTuple):
-  """What a step of one network starts from."""
+  """What a step of one network starts from.
+
+  Attributes:
+    params: Its parameters.
+    opt_state: The state of SGD.
+    key: The random key of the epochs to come.
+    step_key: That of the dropout in this epoch.
+    order: The order of the examples in this epoch.
+  """
 
   params: optax.Params
   opt_state: optax.OptState
   key: jax.Array
+  step_key: jax.Array
   order: jax.Array
 
 
@@ -153,7 +162,7 @@ def train(
     state = shuffle(state)
     for i in range(num_steps):
       state = step(state, *hyper, split, i)
-      if (i + 1) % max(1, num_steps // CHECKS):
+      if (i + 1) % max(1, num_steps // LOOKS):
         continue
       losses = np.asarray(all_losses(state.params, network, split))
       is_new = (losses <= target) & np.isnan(reached.train_loss[active])
@@ -181,12 +190,14 @@ def _init(network: Network, split: data.Split, seed: jax.Array) -> TrainState:
   init_key, key = jax.random.split(jax.random.key(seed))
   params = network.init(init_key, split.images[:1])['params']
   order = jnp.arange(len(split.labels))
-  return TrainState(params, _make_tx(0.0, 0.0).init(params), key, order)
+  return TrainState(params, _make_tx(0.0, 0.0).init(params), key, key, order)
 
 
 def _shuffle(n: int, state: TrainState) -> TrainState:
-  key, order_key = jax.random.split(state.key)
-  return state._replace(key=key, order=jax.random.permutation(order_key, n))
+  key, order_key, step_key = jax.random.split(state.key, 3)
+  return state._replace(
+    key=key, step_key=step_key, order=jax.random.permutation(order_key, n)
+  )
 
 
 def _make_tx(lr: Any, weight_decay: Any) -> optax.GradientTransformation:
@@ -211,7 +222,7 @@ def _step(
   )
   batch = jax.tree.map(lambda x: x[indices], split)
   grads = jax.grad(loss_fn)(
-    state.params, network, batch, dropout, jax.random.fold_in(state.key, i)
+    state.params, network, batch, dropout, jax.random.fold_in(state.step_key, i)
   )
   updates, opt_state = _make_tx(lr, weight_decay).update(
     grads, state.opt_state, state.params

@@ -1,11 +1,16 @@
-"""The tables and figures of ``experiments/README.md``, from recorded results.
+"""The tables and the figure of ``experiments/README.md``, from the comparisons.
 
 ::
 
-    python experiments/paper_tables.py
+    python experiments/paper_tables.py out/comparisons
+
+``comparisons.py`` has written that folder; those of the page are in
+``experiments/comparisons``, from which only its pictures and logs are missing.
 """
 
+import argparse
 from collections.abc import Mapping
+from collections.abc import Sequence
 import json
 from pathlib import Path
 import sys
@@ -74,11 +79,12 @@ Results = Mapping[str, Mapping[str, Any]]
 
 
 def load(folder: Path = FOLDER) -> Results:
-  """The recorded results of all runs, by name."""
-  return {
-    path.stem: json.loads(path.read_text())
-    for path in sorted(folder.glob('*.json'))
+  """The results of all runs that have ended, by name."""
+  results = {
+    path.parent.name: json.loads(path.read_text())
+    for path in sorted(folder.glob('*/results.json'))
   }
+  return {name: each for name, each in results.items() if each['complete']}
 
 
 def cell(results: Results, run: str, method: str) -> str:
@@ -88,10 +94,13 @@ def cell(results: Results, run: str, method: str) -> str:
   """
   if run not in results or method not in results[run]['optimizers']:
     return ''
-  optimizer = results[run]['optimizers'][method]
-  accuracy = reporting.format_accuracy(optimizer['test_accuracy']['per_seed'])
+  accuracy = reporting.format_accuracy(_per_seed(results[run], method))
   rho = reporting.format_rho(results[run], method)
   return f'{accuracy} ({rho})' if rho else accuracy
+
+
+def _per_seed(result: Mapping[str, Any], method: str) -> Sequence[float]:
+  return result['optimizers'][method]['test_accuracy']['per_seed']
 
 
 def classification(results: Results) -> str:
@@ -134,7 +143,7 @@ def published() -> list[str]:
       ],
     ),
     reporting.markdown(
-      ['later work: examples of a perturbation', 'error of SAM'],
+      ['later work: examples that share a perturbation', 'error of SAM, %'],
       [list(row) for row in PUBLISHED_M_SHARPNESS.items()],
     ),
     reporting.markdown(
@@ -145,7 +154,10 @@ def published() -> list[str]:
 
 
 def draw_noise(results: Results) -> Figure:
-  """Test accuracy by wrong labels: the MLP, the CNN, and the paper's."""
+  """Test accuracy by wrong labels: the MLP, the CNN, and the paper's.
+
+  Of the runs that have ended.
+  """
   figure = Figure(figsize=(10, 3.2), dpi=150, layout='constrained')
   mlp_axes, cnn_axes, paper_axes = figure.subplots(1, 3)
   for method, published in zip(
@@ -153,14 +165,17 @@ def draw_noise(results: Results) -> Figure:
   ):
     style = {'color': reporting.COLORS[method], 'label': method}
     for model, axes in (('mlp', mlp_axes), ('cnn', cnn_axes)):
-      per_seed = [
-        results[f'{model}-{run}']['optimizers'][method]['test_accuracy'][
-          'per_seed'
-        ]
-        for run in NOISE_RUNS.values()
+      names = {
+        percent: f'{model}-{run}'
+        for percent, run in zip(NOISE, NOISE_RUNS.values(), strict=True)
+      }
+      points = [
+        (percent, *reporting.t_interval(_per_seed(results[name], method)))
+        for percent, name in names.items()
+        if name in results
       ]
-      mean, half_width = reporting.t_interval(100 * np.asarray(per_seed))
-      axes.errorbar(list(NOISE), mean, half_width, **style)
+      percents, means, half_widths = np.array(points).reshape(-1, 3).T
+      axes.errorbar(percents, 100 * means, 100 * half_widths, **style)
     paper_axes.plot(list(NOISE), published, **style)
   for axes, title in (
     (mlp_axes, 'MLP, Fashion-MNIST'),
@@ -180,19 +195,36 @@ def tables(results: Results) -> list[str]:
     classification(results),
     comparison(results, 'MLP, wrong labels', 'mlp', NOISE_RUNS),
     comparison(results, 'CNN, wrong labels', 'cnn', NOISE_RUNS),
-    comparison(results, 'MLP, examples of a group', 'mlp', M_SHARPNESS),
-    comparison(results, 'CNN, layers perturbed', 'cnn-bn', LAYERS),
+    comparison(
+      results, 'MLP, examples that share a perturbation', 'mlp', M_SHARPNESS
+    ),
+    comparison(
+      results, 'CNN with BatchNorm, layers perturbed', 'cnn-bn', LAYERS
+    ),
     *published(),
   ]
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
   """Runs the program."""
-  results = load()
+  parser = argparse.ArgumentParser(
+    description='Makes the tables and the figure of the comparisons.',
+    allow_abbrev=False,
+  )
+  parser.add_argument(
+    'folder', type=Path, nargs='?', default=FOLDER, help='of comparisons.py'
+  )
+  folder = parser.parse_args(argv).folder
+  results = load(folder)
+  if not results:
+    parser.error(
+      f"argument folder: there is no run in '{folder}' that has ended. Write"
+      f' the --out of comparisons.py.'
+    )
   print('\n\n'.join(tables(results)))
-  with records.replacing(FOLDER / 'noise.png') as partial:
+  with records.replacing(folder / 'noise.png') as partial:
     draw_noise(results).savefig(partial, format='png')
 
 
 if __name__ == '__main__':
-  main()
+  main(sys.argv[1:])

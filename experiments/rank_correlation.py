@@ -75,7 +75,11 @@ def mean_over_groups(taus: np.ndarray, seed: int = 0) -> Correlation:
 def mean_over_settings(
   taus: Mapping[str, np.ndarray], seed: int = 0
 ) -> Correlation:
-  """The mean of the means over groups; the groups of each are resampled."""
+  """The mean of the means over groups; the groups of each are resampled.
+
+  As if the settings were independent: the same models are in the groups of
+  each, so that the interval may be too narrow.
+  """
   return _bootstrap(
     tuple(taus.values()),
     lambda *each: float(np.mean([np.mean(one) for one in each])),

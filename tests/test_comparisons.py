@@ -27,18 +27,63 @@ def fashion_mnist(monkeypatch):
   monkeypatch.setattr(arguments, 'load_dataset', load)
 
 
+# What a run has that others of its model do not have, by the rest of its name.
+OWN = {
+  'all': {},
+  'sgd-twice': {'optimizer': ['sgd'], 'epochs': 60},
+  'asam-inf': {'optimizer': ['asam'], 'ord': np.inf},
+  'asam-biases': {'optimizer': ['asam'], 'normalize_biases': True},
+  'asam-filterwise': {'optimizer': ['asam'], 'normalization': 'filterwise'},
+  'noise-20': {'label_noise': 0.2},
+  'noise-40': {'label_noise': 0.4},
+  'noise-60': {'label_noise': 0.6},
+  'noise-80': {'label_noise': 0.8},
+  'm-32': {'optimizer': ['sam', 'asam'], 'm_sharpness': 32},
+  'm-8': {'optimizer': ['sam', 'asam'], 'm_sharpness': 8},
+  'perturb-normalization': {
+    'optimizer': ['sam', 'asam'],
+    'perturb': 'normalization',
+  },
+  'perturb-others': {'optimizer': ['sam', 'asam'], 'perturb': 'others'},
+}
+OF_ALL = {
+  'optimizer': ['sgd', 'sam', 'asam'],
+  'epochs': 30,
+  'label_noise': 0.0,
+  'ord': 2.0,
+  'normalize_biases': False,
+  'normalization': 'elementwise',
+  'm_sharpness': None,
+  'perturb': 'all',
+  'batch_size': 128,
+}
+OF_MODEL = {
+  'mlp': {'seeds': 5, 'train_size': None, 'merge_held_out': True, 'lr': 0.1},
+  'cnn': {'seeds': 3, 'train_size': 10000, 'merge_held_out': False, 'lr': 0.03},
+  'cnn-bn': {
+    **{'seeds': 3, 'train_size': 10000, 'merge_held_out': False, 'lr': 0.1}
+  },
+}
+
+
 @pytest.mark.parametrize('name', comparisons.RUNS)
 def test_options(name, fashion_mnist, tmp_path):
-  """The program takes them; rho is one of six by one seed; seeds by model."""
+  """The program takes them; they are those that the name says.
+
+  Rho is one of six values, by one seed.
+  """
   args, _ = arguments.parse(
     [*comparisons.RUNS[name], f'--out={tmp_path / "out"}']
   )
+  assert name.startswith(f'{args.model}-')
+  own = OWN[name.removeprefix(f'{args.model}-')]
+  expected = OF_ALL | OF_MODEL[args.model] | own
+  seeds = expected.pop('seeds')
+  assert {option: getattr(args, option) for option in expected} == expected
+  assert len(args.seeds) == seeds
   assert all(len(candidates) == 6 for candidates in args.rho.values())
   assert set(args.rho) == set(args.optimizer) - {'sgd'}
   assert args.search_seeds == 1 or not args.rho
-  assert len(args.seeds) == (5 if args.model == 'mlp' else 3)
-  percent = name.partition('-noise-')[2] or '0'
-  assert args.label_noise == pytest.approx(int(percent) / 100)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Promise: networks of one training loss, and rank correlations, are right."""
 
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -182,3 +183,134 @@ def test_names_of_measures():
     for rho in radii
   ]
   assert len(set(names)) == 3 * len(correlation.RADII)
+
+
+# Of each norm, name and case one: a program is compiled for each.
+RADII = {
+  measure: correlation.RADII[measure]
+  for measure in (
+    ('sharpness', 'worst', 2),
+    ('sharpness', 'average', np.inf),
+    ('adaptive sharpness', 'worst', np.inf),
+    ('adaptive sharpness', 'average', 2),
+  )
+}
+
+
+@pytest.fixture
+def small(monkeypatch):
+  """The program on few images; a third of its networks does not get there."""
+  rng = np.random.default_rng(0)
+
+  def load(data_dir, train_size):
+    del data_dir, train_size
+    part = lambda n: data.Split(
+      rng.integers(0, 256, (n, 4, 4, 1), np.uint8),
+      rng.integers(0, NUM_CLASSES, n).astype(np.int32),
+    )
+    return data.Dataset(
+      train=part(NUM_EXAMPLES),
+      held_out=None,
+      test=part(8),
+      preprocess=lambda images: (jnp.asarray(images) - 128.0) / 64.0,
+      num_classes=NUM_CLASSES,
+    )
+
+  monkeypatch.setitem(data.DATASETS, 'fashion_mnist', load)
+  grid = {
+    'batch_size': (8, 12),
+    'lr': (0.0, 0.01, 0.03),
+    'weight_decay': (0.0, 1e-3),
+    'dropout': (0.0, 0.1),
+  }
+  for name, value in {
+    **{
+      'GRID': grid,
+      'TARGET': TARGET,
+      'MAX_EPOCHS': 100,
+      'COLORS': ('C0', 'C1'),
+    },
+    **{'POINTS': 16, 'BATCH': 8, 'STEPS': 2, 'SAMPLES': 2, 'RADII': RADII},
+  }.items():
+    monkeypatch.setattr(correlation, name, value)
+
+
+def test_program(small, tmp_path, capsys):
+  """All is recorded; repeated, nothing is trained or measured again."""
+  argv = [f'--out={tmp_path}']
+  correlation.main(argv)
+  first = capsys.readouterr().out
+  results = json.loads((tmp_path / 'results.json').read_text())
+  assert (results['networks'], results['networks_at_target']) == (24, 16)
+  assert max(results['train_loss']) <= TARGET
+  assert 0.0 not in results['settings']['lr']
+  assert correlation.table(results) in first
+  gap = np.subtract(
+    results['measured']['test error'], results['measured']['train error']
+  )
+  name = correlation.measure_name('sharpness', 'worst', 2, 0.05)
+  expected = count_tau_b(results['measured'][name], gap)
+  assert results['correlations'][name]['overall']['tau'] == pytest.approx(
+    expected
+  )
+  assert f'| sharpness, worst case, p = 2 | {expected:.2f} [' in first
+  assert (tmp_path / 'correlation.png').exists()
+
+  correlation.main(argv)
+  assert capsys.readouterr().out.strip() == correlation.table(results)
+  assert json.loads((tmp_path / 'results.json').read_text()) == results
+
+
+def count_tau_b(x, y):
+  """Concordant less discordant pairs, of those without ties in x and in y."""
+  signs = np.array(
+    [
+      (np.sign(x[i] - x[j]), np.sign(y[i] - y[j]))
+      for i, j in itertools.combinations(range(len(x)), 2)
+    ]
+  )
+  return np.prod(signs, axis=1).sum() / np.sqrt(
+    np.prod(np.abs(signs).sum(axis=0))
+  )
+
+
+def test_other_settings(small, tmp_path, capsys):
+  """What other settings have left is not mixed with these."""
+  (tmp_path / 'config.json').write_text('{"grid": {}}')
+  with pytest.raises(SystemExit):
+    correlation.main([f'--out={tmp_path}'])
+  assert 'holds results of other settings' in capsys.readouterr().err
+
+
+def test_measures(small):
+  """They are the library's; the adaptive one is invariant, the other is not."""
+  rescale = jnp.float32(4.0)
+  dataset = data.DATASETS['fashion_mnist'](None, None)
+  dataset = dataset._replace(
+    train=data.Split(
+      dataset.preprocess(dataset.train.images),
+      jnp.asarray(dataset.train.labels),
+    ),
+    test=data.Split(
+      dataset.preprocess(dataset.test.images), jnp.asarray(dataset.test.labels)
+    ),
+  )
+  network = equal_loss.Network(NUM_CLASSES)
+  params = network.init(jax.random.key(0), dataset.train.images)['params']
+  # The ReLU between the first two layers lets a factor through.
+  scaled = dict(params)
+  scaled['Dense_0'] = jax.tree.map(lambda w: w * rescale, params['Dense_0'])
+  scaled['Dense_1'] = {
+    **params['Dense_1'],
+    'kernel': params['Dense_1']['kernel'] / rescale,
+  }
+  both = jax.tree.map(lambda *leaves: jnp.stack(leaves), params, scaled)
+  quantities = correlation.make_quantities(dataset)
+  for measure, radii in correlation.RADII.items():
+    name, case, _ = measure
+    before, after = quantities[measure](both, radii[-1])
+    is_adaptive = name == 'adaptive sharpness'
+    is_equal = abs(after - before) < 0.01 * abs(before)
+    assert is_equal == is_adaptive, measure
+    if case == 'worst':
+      assert before > 0

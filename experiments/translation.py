@@ -1,0 +1,207 @@
+"""Trains a Transformer with Adam, under SAM or ASAM, and translates with it."""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import functools
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import sacrebleu
+import sentencepiece
+
+import beam_search
+import corpus
+import optax_asam
+from transformer import Transformer
+
+
+class State(NamedTuple):
+  """What a step starts from."""
+
+  params: optax.Params
+  opt_state: optax.OptState
+  key: jax.Array
+
+
+class Programs(NamedTuple):
+  """What is compiled, once for each shape of a batch.
+
+  Attributes:
+    init: From a seed to a state.
+    step: From a state and a batch's source and target to the next state and
+      the loss.
+    validate: From parameters, source and target to the sum of the negative
+      log-likelihoods of all pieces, and their number.
+    translate: From parameters and source to pieces, int32 [n, length].
+  """
+
+  init: Callable[[int], State]
+  step: Callable[[State, np.ndarray, np.ndarray], tuple[State, jax.Array]]
+  validate: Callable[[optax.Params, np.ndarray, np.ndarray], Any]
+  translate: Callable[[optax.Params, np.ndarray], jax.Array]
+
+
+# From a loss, rho and eta to what gives its value and the gradient that Adam is
+# handed.
+OPTIMIZERS: Mapping[str, Callable[[Any, float, float], Any]] = {
+  'adam': lambda loss_fn, rho, eta: jax.value_and_grad(loss_fn),
+  'sam': lambda loss_fn, rho, eta: optax_asam.value_and_grad(
+    loss_fn, rho=rho, adaptive=False
+  ),
+  'asam': lambda loss_fn, rho, eta: optax_asam.value_and_grad(
+    loss_fn, rho=rho, eta=eta
+  ),
+}
+
+
+def make_schedule(lr: float, warmup: int) -> optax.Schedule:
+  """Rises in a line to ``lr``, and then falls with the root of the steps."""
+  return lambda step: (
+    lr * jnp.minimum((step + 1) / warmup, jnp.sqrt(warmup / (step + 1)))
+  )
+
+
+def make_programs(
+  model: Transformer,
+  optimizer: str,
+  *,
+  rho: float,
+  eta: float,
+  lr: float,
+  warmup: int,
+  weight_decay: float,
+  label_smoothing: float,
+  beam: int,
+) -> Programs:
+  """Makes the programs of an optimizer, a name in ``OPTIMIZERS``."""
+  tx = optax.adamw(
+    make_schedule(lr, warmup), b1=0.9, b2=0.98, weight_decay=weight_decay
+  )
+
+  def loss_fn(params, source, target, key):
+    logits = model.apply(
+      {'params': params},
+      source,
+      target[:, :-1],
+      train=True,
+      rngs={'dropout': key},
+    )
+    total, count = _sum_losses(logits, target, label_smoothing)
+    return total / count
+
+  @jax.jit
+  def init(seed):
+    init_key, key = jax.random.split(jax.random.key(seed))
+    pieces = jnp.full([1, 8], corpus.EOS)
+    params = model.init(init_key, pieces, pieces)['params']
+    return State(params, tx.init(params), key)
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step(state, source, target):
+    key, dropout_key = jax.random.split(state.key)
+    # One key, so that both passes drop the same.
+    value_and_grad = OPTIMIZERS[optimizer](loss_fn, rho, eta)
+    loss, grads = value_and_grad(state.params, source, target, dropout_key)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    return State(
+      optax.apply_updates(state.params, updates), opt_state, key
+    ), loss
+
+  @jax.jit
+  def validate(params, source, target):
+    logits = model.apply({'params': params}, source, target[:, :-1])
+    return _sum_losses(logits, target, 0.0)
+
+  @jax.jit
+  def translate(params, source):
+    n, source_length = source.shape
+    variables = {'params': params}
+    encoded: Any = model.apply(variables, source, method='encode')
+    encoded, sources = (jnp.repeat(x, beam, axis=0) for x in (encoded, source))
+
+    def get_logits(tokens, i):
+      logits: Any = model.apply(
+        variables, encoded, sources, tokens, position=i, method='decode'
+      )
+      return logits[:, 0]
+
+    return beam_search.search(
+      get_logits,
+      n,
+      beam=beam,
+      # Longer ones are rare.
+      length=int(1.2 * source_length) + 10,
+      bos=corpus.BOS,
+      eos=corpus.EOS,
+      pad=corpus.PAD,
+    )
+
+  return Programs(init, step, validate, translate)
+
+
+def _sum_losses(logits, target, label_smoothing):
+  """The sum of the losses of all pieces after the first, and their number."""
+  labels = target[:, 1:]
+  is_piece = labels != corpus.PAD
+  one_hot = jax.nn.one_hot(labels, logits.shape[-1])
+  losses = optax.softmax_cross_entropy(
+    logits, optax.smooth_labels(one_hot, label_smoothing)
+  )
+  return jnp.sum(losses, where=is_piece), jnp.sum(is_piece)
+
+
+def train_epoch(
+  programs: Programs,
+  state: State,
+  pairs: Sequence[corpus.Pieces],
+  max_tokens: int,
+  rng: np.random.Generator,
+) -> tuple[State, float]:
+  """Trains on all pairs once; the mean loss of the steps, before each."""
+  losses = []
+  for batch in corpus.batches(pairs, max_tokens, rng):
+    state, loss = programs.step(state, batch.source, batch.target)
+    losses.append(loss)
+  return state, float(np.mean(jax.device_get(losses)))
+
+
+def validation_loss(
+  programs: Programs,
+  params: optax.Params,
+  pairs: Sequence[corpus.Pieces],
+  max_tokens: int,
+) -> float:
+  """The mean negative log-likelihood of a piece."""
+  sums = [
+    programs.validate(params, batch.source, batch.target)
+    for batch in corpus.batches(pairs, max_tokens, None)
+  ]
+  total, count = np.sum(jax.device_get(sums), axis=0)
+  return float(total / count)
+
+
+def bleu(
+  programs: Programs,
+  params: optax.Params,
+  pairs: Sequence[corpus.Pair],
+  vocabulary: sentencepiece.SentencePieceProcessor,
+  max_tokens: int,
+) -> float:
+  """BLEU of the translations of ``pairs``, from 0 to 100, in lower case."""
+  # The reference has no part in how long a translation may be.
+  sources = [(source, []) for source, _ in corpus.encode(vocabulary, pairs)]
+  translations = [''] * len(pairs)
+  for batch in corpus.batches(sources, max_tokens, None):
+    found = np.asarray(programs.translate(params, batch.source))
+    for i, pieces in zip(batch.indices, found.tolist(), strict=False):
+      _, *words = pieces
+      if corpus.EOS in words:
+        words = words[: words.index(corpus.EOS)]
+      translations[i] = vocabulary.decode(words)
+  references = [english for _, english in pairs]
+  return sacrebleu.corpus_bleu(translations, [references]).score
