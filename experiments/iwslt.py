@@ -143,30 +143,29 @@ class Training:
     }
     self._checkpoints = checkpoints.Checkpoints(args.out / 'checkpoints')
     self.runs: list[dict[str, Any]] = []
-    self._programs: dict[str, translation.Programs] = {}
 
   def _programs_of(self, optimizer: str) -> translation.Programs:
     args = self._args
-    if optimizer not in self._programs:
-      self._programs[optimizer] = translation.make_programs(
-        transformer.Transformer(
-          self._vocabulary.vocab_size(),
-          args.layers,
-          args.width,
-          args.hidden_size,
-          args.heads,
-          args.dropout,
-        ),
-        optimizer,
-        rho=rho_of(optimizer, args),
-        eta=args.eta,
-        lr=args.lr,
-        warmup=args.warmup,
-        weight_decay=args.weight_decay,
-        label_smoothing=args.label_smoothing,
-        beam=args.beam,
-      )
-    return self._programs[optimizer]
+    # Hashable, which its type does not say.
+    model: Any = transformer.Transformer(
+      self._vocabulary.vocab_size(),
+      args.layers,
+      args.width,
+      args.hidden_size,
+      args.heads,
+      args.dropout,
+    )
+    return translation.make_programs(
+      model,
+      optimizer,
+      rho=rho_of(optimizer, args),
+      eta=args.eta,
+      lr=args.lr,
+      warmup=args.warmup,
+      weight_decay=args.weight_decay,
+      label_smoothing=args.label_smoothing,
+      beam=args.beam,
+    )
 
   def train(self) -> None:
     """Trains what is not trained yet."""

@@ -66,6 +66,7 @@ def make_schedule(lr: float, warmup: int) -> optax.Schedule:
   )
 
 
+@functools.cache
 def make_programs(
   model: Transformer,
   optimizer: str,
@@ -78,7 +79,7 @@ def make_programs(
   label_smoothing: float,
   beam: int,
 ) -> Programs:
-  """Makes the programs of an optimizer, a name in ``OPTIMIZERS``."""
+  """Makes the programs of an optimizer, a name in ``OPTIMIZERS``, once."""
   tx = optax.adamw(
     make_schedule(lr, warmup), b1=0.9, b2=0.98, weight_decay=weight_decay
   )

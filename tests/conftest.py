@@ -22,6 +22,14 @@ def compiled():
   jax.clear_caches()
 
 
+@pytest.fixture(scope='module')
+def quickly_compiled():
+  """Leaves out what makes the programs of a file fast, for a short life."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
 @pytest.fixture
 def x64():
   """Turns float64 on for one test."""

@@ -18,6 +18,8 @@ from support import error
 import transformer
 import translation
 
+pytestmark = pytest.mark.usefixtures('quickly_compiled')
+
 NUMBERS = {
   'eins': 'one', 'zwei': 'two', 'drei': 'three', 'vier': 'four',
   'fünf': 'five', 'sechs': 'six', 'sieben': 'seven', 'acht': 'eight',
@@ -362,7 +364,7 @@ def test_schedule():
 
 
 OPTIONS = [
-  *('--vocab-size=40', '--layers=1', '--width=32', '--hidden-size=64'),
+  *('--vocab-size=80', '--layers=1', '--width=32', '--hidden-size=64'),
   *('--heads=2', '--max-tokens=256', '--lr=5e-3', '--warmup=40', '--seeds=1'),
   *('--dropout=0', '--label-smoothing=0', '--rho-asam=0.1', '--beam=2'),
 ]
