@@ -45,7 +45,7 @@ class ResNet(nn.Module):
     """Maps images [n, h, w, 3] to logits [n, num_classes]."""
     x = resnet.conv(self.width, size=7, stride=2)(images)
     x = nn.relu(resnet.batch_norm(train)(x))
-    # After a ReLU, zeros around the image are never a maximum that is not there.
+    # After a ReLU, zeros around the image change no maximum.
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     x = nn.max_pool(x, (3, 3), strides=(2, 2))
     for stage, num_blocks in enumerate(self.stages):

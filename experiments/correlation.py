@@ -18,6 +18,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
+import itertools
 import json
 from pathlib import Path
 import sys
@@ -39,8 +40,8 @@ import rank_correlation
 import records
 import reporting
 
-# All combinations are trained. The batch size first: each is a program. Of
-# larger learning rates or more dropout, small batches do not reach the target.
+# All combinations are trained. With larger learning rates or more dropout,
+# small batches do not reach the target.
 GRID = {
   'batch_size': (32, 64, 128),
   'lr': (0.003, 0.01, 0.02),
@@ -141,13 +142,16 @@ def make_quantities(dataset: data.Dataset) -> dict[tuple[Any, ...], Quantity]:
 def train_all(
   dataset: data.Dataset, out: Path, report: Callable[[str], None]
 ) -> list[tuple[equal_loss.Settings, equal_loss.Trained]]:
-  """Trains what is not trained yet, a program for each batch size."""
+  """Trains what is not trained yet, what takes about as long together."""
   trained = []
-  for batch_size in GRID['batch_size']:
-    grid = rank_correlation.make_grid(GRID | {'batch_size': (batch_size,)})
+  for batch_size, lr in itertools.product(GRID['batch_size'], GRID['lr']):
+    grid = rank_correlation.make_grid(
+      GRID | {'batch_size': (batch_size,), 'lr': (lr,)}
+    )
     seeds = np.arange(len(grid['lr']))
     settings = equal_loss.Settings(**grid, seed=seeds)
-    file = out / f'networks-{batch_size}.npz'
+    name = name_of(settings)
+    file = out / f'networks-{name}.npz'
     if file.exists():
       trained.append((settings, load(file)))
       continue
@@ -158,12 +162,17 @@ def train_all(
       dataset.train,
       target=TARGET,
       max_epochs=MAX_EPOCHS,
-      report=lambda line, b=batch_size: report(f'batch size {b}, {line}'),
+      report=lambda line, name=name: report(f'{name}: {line}'),
     )
     save(file, networks)
     report(f'{file} after {time.perf_counter() - start:.0f} s')
     trained.append((settings, networks))
   return trained
+
+
+def name_of(settings: equal_loss.Settings) -> str:
+  """What networks of one batch size and learning rate are called."""
+  return f'{settings.batch_size[0]}-{settings.lr[0]:g}'
 
 
 def save(file: Path, networks: equal_loss.Trained) -> None:
@@ -327,7 +336,7 @@ def main(argv: Sequence[str]) -> None:
       measure_all(
         networks.params,
         quantities,
-        args.out / f'measured-{settings.batch_size[0]}.json',
+        args.out / f'measured-{name_of(settings)}.json',
         report,
       ),
     )
@@ -348,6 +357,7 @@ def make_config() -> dict[str, Any]:
     'target': TARGET,
     'max_epochs': MAX_EPOCHS,
     'looks_per_epoch': equal_loss.LOOKS,
+    'near': equal_loss.NEAR,
     'momentum': equal_loss.MOMENTUM,
     'hidden_sizes': list(equal_loss.HIDDEN_SIZES),
     'adaptive_sharpness': {'eta': 0.0, 'mask': None},
