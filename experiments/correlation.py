@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 import numpy as np
 import optax
 
@@ -297,6 +298,7 @@ def draw(results: Mapping[str, Any]) -> Figure:
       title=f'p = {ord:g}, tau = {tau:.2f}', xlabel=f'{name}, rho = {rho:g}'
     )
     axes.set_xscale('log')
+    axes.xaxis.set_minor_formatter(NullFormatter())  # They overlap.
     axes.spines[['top', 'right']].set_visible(False)
   all_axes[0].set_ylabel('Generalization gap (error, %)')
   all_axes[0].legend(frameon=False)

@@ -68,7 +68,8 @@ def test_wheel(wheel):
     if line.startswith('Provides-Extra')
   }
   assert extras == {
-    *('flax', 'examples', 'test', 'docs', 'cuda12', 'cuda13', 'tpu')
+    *('flax', 'examples', 'translation', 'test', 'docs'),
+    *('cuda12', 'cuda13', 'tpu'),
   }
 
 

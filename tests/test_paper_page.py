@@ -1,0 +1,78 @@
+"""Promise: the paper's tables on experiments/README.md are of recorded runs."""
+
+import json
+import pathlib
+import re
+import shlex
+
+import pytest
+
+import comparisons
+import correlation
+import iwslt
+import paper_tables
+
+EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
+PAGE = (EXPERIMENTS / 'README.md').read_text()
+RUNS = paper_tables.load()
+CORRELATION = json.loads(
+  (EXPERIMENTS / 'correlation' / 'results.json').read_text()
+)
+
+
+@pytest.mark.parametrize('name', RUNS)
+def test_run(name):
+  """It is of a commit as it was, with the options that the run has now."""
+  results = RUNS[name]
+  assert re.fullmatch('[0-9a-f]{40}', results['commit'])
+  command = shlex.split(results['command'])
+  assert set(comparisons.RUNS[name]) <= set(command)
+  assert not any('=/' in option for option in command)
+  for search in results['search'].values():
+    assert len(search['candidates']) == 6
+
+
+def test_classification():
+  """All of the table is on the page."""
+  assert f'\n{paper_tables.classification(RUNS)}\n' in PAGE
+
+
+def test_correlation():
+  """Its networks are as many as the page says; the table and figure are there.
+
+  It comes from the settings that the program has now.
+  """
+  assert re.fullmatch('[0-9a-f]{40}', CORRELATION['commit'])
+  assert CORRELATION['config'] == correlation.make_config()
+  assert f'\n{correlation.table(CORRELATION)}\n' in PAGE
+  losses = CORRELATION['train_loss']
+  assert len(losses) >= 100
+  assert f'\n{len(losses)} networks' in PAGE
+  assert max(losses) <= correlation.TARGET
+  text = ' '.join(PAGE.split())
+  assert f'between {min(losses):.3f} and {max(losses):.3f}' in text
+  assert '](correlation/correlation.png)' in PAGE
+  assert (EXPERIMENTS / 'correlation' / 'correlation.png').exists()
+
+
+def test_published():
+  """The paper's BLEU is what the program of translation has."""
+  for row in (0, 1):
+    cells = ' | '.join(f'{scores[row]:.2f}' for scores in iwslt.PAPER.values())
+    assert f' | {cells} |\n' in PAGE
+
+
+# Numbers in sentences that are no results: settings.
+SETTINGS = {'0.02', '0.03', '0.1', '0.2', '0.9'}
+
+
+def test_prose():
+  """Each number with a decimal point in a sentence is one of a table."""
+  _, title, page = PAGE.partition('## Sharpness against generalization')
+  assert title
+  page = re.sub(r'```.*?```|\(.*?\)|arXiv \S+', '', page, flags=re.DOTALL)
+  tables = ' '.join(re.findall(r'^\|.*$', page, re.MULTILINE))
+  prose = re.sub(r'^\|.*$', '', page, flags=re.MULTILINE)
+  find = lambda text: set(re.findall(r'\d+\.\d+', text))
+  losses = {f'{loss:.3f}' for loss in CORRELATION['train_loss']}
+  assert find(prose) <= find(tables) | losses | SETTINGS
