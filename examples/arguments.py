@@ -7,11 +7,13 @@ import contextlib
 import json
 import math
 from pathlib import Path
+import shutil
 from typing import Any
 from typing import NoReturn
 
 import jax
 
+import checkpoints
 import data
 import m_sharpness
 import models
@@ -76,9 +78,9 @@ def are_rhos(rhos: list[float]) -> bool:
   return len(rhos) == len({rho for rho in rhos if 0 <= rho < math.inf})
 
 
-def count(example: int) -> Callable[[str], int]:
+def count(example: float) -> Callable[[str], int]:
   """An argparse type for an integer >= 1."""
-  return checked(int, lambda n: n >= 1, 'an integer >= 1', f'{example}')
+  return checked(int, lambda n: n >= 1, 'an integer >= 1', f'{example:g}')
 
 
 def number(
@@ -88,6 +90,21 @@ def number(
   return checked(
     float, lambda x: math.isfinite(x) and is_valid(x), needed, example
   )
+
+
+def positive(example: float) -> Callable[[str], float]:
+  """An argparse type for a finite number > 0."""
+  return number(lambda x: x > 0, 'a finite number > 0', f'{example:g}')
+
+
+def nonnegative(example: float) -> Callable[[str], float]:
+  """An argparse type for a finite number >= 0."""
+  return number(lambda x: x >= 0, 'a finite number >= 0', f'{example:g}')
+
+
+def fraction(example: float) -> Callable[[str], float]:
+  """An argparse type for a number in [0, 1)."""
+  return number(lambda x: 0 <= x < 1, 'a number in [0, 1)', f'{example:g}')
 
 
 def to_rho(text: str) -> tuple[str | None, list[float]]:
@@ -163,7 +180,7 @@ def make_parser() -> Parser:
   )
   add(
     '--label-noise',
-    type=number(lambda x: 0 <= x < 1, 'a number in [0, 1)', '0.4'),
+    type=fraction(0.4),
     help='fraction of the labels for training and search made wrong (0.4)',
   )
   add(
@@ -176,17 +193,17 @@ def make_parser() -> Parser:
   add('--batch-size', type=count(100), help='examples a step (100)')
   add(
     '--lr',
-    type=number(lambda x: x > 0, 'a finite number > 0', '0.1'),
+    type=positive(0.1),
     help='learning rate at the start, decayed by a cosine (0.1)',
   )
   add(
     '--weight-decay',
-    type=number(lambda x: x >= 0, 'a finite number >= 0', '5e-4'),
+    type=nonnegative(5e-4),
     help='weight decay (5e-4)',
   )
   add(
     '--label-smoothing',
-    type=number(lambda x: 0 <= x < 1, 'a number in [0, 1)', '0.1'),
+    type=fraction(0.1),
     help='label smoothing in training (0)',
   )
   add(
@@ -204,7 +221,7 @@ def make_parser() -> Parser:
   )
   add(
     '--eta',
-    type=number(lambda x: x >= 0, 'a finite number >= 0', '0.01'),
+    type=nonnegative(0.01),
     help='the constant of normalization (0.01)',
   )
   add(
@@ -467,6 +484,8 @@ def load_dataset(parser: Parser, args: argparse.Namespace) -> data.Dataset:
   return dataset
 
 
+# What a run was started with, in --out beside its checkpoints until it is done.
+STARTED_WITH = 'checkpoints.json'
 # Options that do not change what a run computes.
 NOT_CONFIG = ('out', 'resume', 'tensorboard')
 
@@ -477,7 +496,7 @@ def check_out(parser: Parser, args: argparse.Namespace) -> None:
   A run that was interrupted there is neither lost nor mixed with another: what
   it was started with is kept in a file beside its checkpoints.
   """
-  file = args.out / 'checkpoints.json'
+  file = args.out / STARTED_WITH
   config = {
     name: value
     for name, value in records.to_json(vars(args)).items()
@@ -498,6 +517,12 @@ def check_out(parser: Parser, args: argparse.Namespace) -> None:
       f'argument --out: must be a folder that can be written to, but got'
       f" '{args.out}' ({error.strerror}). Write for example --out out/train."
     )
+
+
+def finish(out: Path) -> None:
+  """Removes what a run has needed to be resumed."""
+  (out / STARTED_WITH).unlink()
+  shutil.rmtree(out / checkpoints.FOLDER)
 
 
 def check_resumption(

@@ -14,6 +14,9 @@ import orbax.checkpoint as ocp
 
 import records
 
+# Where a run has them, in the folder of its results.
+FOLDER = 'checkpoints'
+
 # One for going on, and the one before, if a crash of the machine damaged it.
 NUM_KEPT = 2
 

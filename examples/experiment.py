@@ -57,7 +57,7 @@ class Experiment:
     self.model: nn.Module = models.MODELS[args.model](dataset.num_classes)
     self._args = args
     self._dataset = dataset
-    self._checkpoints = checkpoints.Checkpoints(args.out / 'checkpoints')
+    self._checkpoints = checkpoints.Checkpoints(args.out / checkpoints.FOLDER)
     if not (args.resume and self._restore(report)):
       self.histories: dict[str, History] = {}
       self._start(STAGES[0] if self.searched else STAGES[1])

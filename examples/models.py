@@ -120,21 +120,19 @@ def apply_eval(
   return jnp.asarray(model.apply(variables, images))
 
 
-def cross_entropy(
+def cross_entropies(
   logits: jax.Array, labels: data.Array, label_smoothing: float = 0.0
 ) -> jax.Array:
-  """The mean cross-entropy of ``logits`` against ``labels``.
+  """The cross-entropies [...] of ``logits`` [..., classes] against ``labels``.
 
   With label smoothing a, a class has the probability a / num_classes, and the
   label's own has 1 - a more.
   """
   if not label_smoothing:
-    return optax.softmax_cross_entropy_with_integer_labels(
-      logits, labels
-    ).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
   targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
   targets = optax.smooth_labels(targets, label_smoothing)
-  return optax.softmax_cross_entropy(logits, targets).mean()
+  return optax.softmax_cross_entropy(logits, targets)
 
 
 def train_loss_fn(
@@ -158,8 +156,8 @@ def train_loss_fn(
   logits, new_model_state = apply_train(
     params, model_state, model, batch.images
   )
-  loss = cross_entropy(logits, batch.labels, label_smoothing)
-  return loss, new_model_state
+  losses = cross_entropies(logits, batch.labels, label_smoothing)
+  return losses.mean(), new_model_state
 
 
 def eval_loss_fn(
@@ -170,4 +168,4 @@ def eval_loss_fn(
 ) -> jax.Array:
   """The mean cross-entropy of a trained model on ``split``."""
   logits = apply_eval(params, model_state, model, split.images)
-  return cross_entropy(logits, split.labels)
+  return cross_entropies(logits, split.labels).mean()

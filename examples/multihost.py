@@ -111,7 +111,7 @@ def make_parser() -> arguments.Parser:
     allow_abbrev=False,
   )
   add = parser.add_argument
-  positive = arguments.number(lambda x: x > 0, 'a finite number > 0', '0.1')
+  positive = arguments.positive(0.1)
   count = arguments.count
   add('--dataset', choices=data.DATASETS, default='digits')
   add('--data-dir', type=Path, help='folder with its files, on each host')

@@ -15,7 +15,6 @@ What is killed goes on with ``--resume``, and ends as if nothing had happened.
 import argparse
 from collections.abc import Sequence
 import contextlib
-import shutil
 import sys
 import time
 from typing import Any
@@ -136,8 +135,7 @@ def main(argv: Sequence[str]) -> None:
       argv, args, trained, measured, time.perf_counter() - start
     )
     reporting.write(console, args.out, results, trained.searches)
-  (args.out / 'checkpoints.json').unlink()
-  shutil.rmtree(args.out / 'checkpoints')
+  arguments.finish(args.out)
 
 
 if __name__ == '__main__':

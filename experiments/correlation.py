@@ -55,11 +55,12 @@ MAX_EPOCHS = 300
 
 # Points that sharpness is measured on; each batch has its own perturbation.
 POINTS, BATCH = 1024, 128
-STEPS, SAMPLES = 20, 20
+STEPS, RESTARTS, SAMPLES = 20, 1, 20
 # Without eta, and of all parameters, the measure is invariant under rescaling.
+INVARIANT = {'eta': 0.0, 'mask': None}
 NORMALIZATIONS = {
   'sharpness': normalization.identity(),
-  'adaptive sharpness': normalization.elementwise(eta=0.0, mask=None),
+  'adaptive sharpness': normalization.elementwise(**INVARIANT),
 }
 # The middle one is reported first; the others show what hangs on it.
 RADII = {
@@ -112,7 +113,7 @@ def make_quantities(dataset: data.Dataset) -> dict[tuple[Any, ...], Quantity]:
     }
     if case == 'worst':
       return lambda params, rho: sharpness.worst_case(
-        loss_fn, params, rho, steps=STEPS, **options
+        loss_fn, params, rho, steps=STEPS, restarts=RESTARTS, **options
       )
     return lambda params, rho: sharpness.average_case(
       loss_fn,
@@ -362,11 +363,11 @@ def make_config() -> dict[str, Any]:
     'near': equal_loss.NEAR,
     'momentum': equal_loss.MOMENTUM,
     'hidden_sizes': list(equal_loss.HIDDEN_SIZES),
-    'adaptive_sharpness': {'eta': 0.0, 'mask': None},
+    'adaptive_sharpness': INVARIANT,
     'points': POINTS,
     'batch': BATCH,
     'steps': STEPS,
-    'restarts': 1,
+    'restarts': RESTARTS,
     'samples': SAMPLES,
     'radii': [
       {'measure': name, 'case': case, 'p': f'{ord:g}', 'rho': list(radii)}
@@ -411,6 +412,7 @@ def describe(
     'networks': len(train_loss),
     'networks_at_target': int(there.sum()),
     'settings': settings,
+    'seeds': join(each.seed for each, _, _ in parts),
     'train_loss': train_loss[there],
     'epochs': join(networks.epochs for _, networks, _ in parts),
     'measured': measured,

@@ -98,7 +98,7 @@ def loss_fn(
 ) -> jax.Array:
   """The mean cross-entropy; ``dropout`` is a rate and a key, or nothing."""
   logits = _apply(params, network, split.images, *dropout)
-  return models.cross_entropy(logits, split.labels)
+  return models.cross_entropies(logits, split.labels).mean()
 
 
 def error_rate(

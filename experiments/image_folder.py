@@ -52,7 +52,8 @@ class ImageFolder:
       )
     self.classes = sorted({path.parent.name for path in paths})
     self._paths = paths
-    self._labels = [self.classes.index(path.parent.name) for path in paths]
+    label_of = {name: label for label, name in enumerate(self.classes)}
+    self._labels = [label_of[path.parent.name] for path in paths]
 
   def __len__(self) -> int:
     return len(self._paths)

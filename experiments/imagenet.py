@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import os
 from pathlib import Path
-import shutil
 import sys
 from typing import Any
 from typing import NamedTuple
@@ -36,11 +35,18 @@ import bottleneck
 import checkpoints
 import image_folder
 import models
-import optax_asam
+import optimizers
+import presets
 import progress
 import records
 
-MOMENTUM = 0.9
+# Of what the optimizers of examples/ can vary, the paper's.
+FIXED = {
+  name: presets.DEFAULTS[name]
+  for name in (
+    *('normalization', 'normalize_biases', 'ord', 'perturb', 'm_sharpness'),
+  )
+}
 RHO = {'sgd': 0.0, 'sam': 0.05, 'asam': 1.0}
 # Of each channel over the images for training, from 0 to 1, as usual.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -54,30 +60,40 @@ class State(NamedTuple):
   opt_state: optax.OptState
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-  """Parses the options."""
+class Images(NamedTuple):
+  """The files for training and those for validation."""
+
+  train: image_folder.ImageFolder
+  val: image_folder.ImageFolder
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Images]:
+  """Reads the command line, with an exit if it cannot be done as it says."""
   parser = arguments.Parser(
     description='Trains a ResNet-50 on ImageNet.', allow_abbrev=False
   )
+  parser.set_defaults(**FIXED)
   add = parser.add_argument
-  positive = lambda example: arguments.number(
-    lambda x: x > 0, 'a number > 0', example
-  )
-  radius = arguments.number(lambda x: x >= 0, 'a number >= 0', '0.5')
+  nonnegative, count = arguments.nonnegative, arguments.count
   add('--data-dir', type=Path, required=True, help='with train and val')
   add('--optimizer', choices=list(RHO), default='asam', help='(asam)')
-  add('--rho', type=radius, help='radius (sam 0.05, asam 1)')
-  add('--eta', type=radius, default=0.01, help='stabilizer of ASAM (0.01)')
-  add('--epochs', type=arguments.count(100), default=100, help='(100)')
-  add('--batch-size', type=arguments.count(512), default=512, help='(512)')
-  add('--lr', type=positive('0.2'), default=0.2, help='learning rate (0.2)')
-  add('--weight-decay', type=radius, default=1e-4, help='(1e-4)')
-  add('--label-smoothing', type=radius, default=0.1, help='(0.1)')
-  add('--image-size', type=arguments.count(224), default=224, help='(224)')
+  add('--rho', type=nonnegative(0.5), help='radius (sam 0.05, asam 1)')
+  add('--eta', type=nonnegative(0.01), default=0.01, help='of ASAM (0.01)')
+  add('--epochs', type=count(100), default=100, help='(100)')
+  add('--batch-size', type=count(512), default=512, help='(512)')
+  add('--lr', type=arguments.positive(0.2), default=0.2, help='at first (0.2)')
+  add('--weight-decay', type=nonnegative(1e-4), default=1e-4, help='(1e-4)')
+  add(
+    '--label-smoothing',
+    type=arguments.fraction(0.1),
+    default=0.1,
+    help='(0.1)',
+  )
+  add('--image-size', type=count(224), default=224, help='(224)')
   add('--seed', type=int, default=0, help='(0)')
   add(
     '--threads',
-    type=arguments.count(16),
+    type=count(16),
     default=os.cpu_count() or 1,
     help='files that are read at a time (one for each core)',
   )
@@ -89,52 +105,35 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   if args.rho is None:
     args.rho = RHO[args.optimizer]
   try:
-    train, val = (
-      image_folder.ImageFolder(args.data_dir / split)
-      for split in ('train', 'val')
+    images = Images(
+      *(
+        image_folder.ImageFolder(args.data_dir / split)
+        for split in Images._fields
+      )
     )
   except archives.DataError as error:
     parser.error(str(error))
-  if train.classes != val.classes:
+  classes = [each.classes for each in images]
+  if classes[0] != classes[1]:
     parser.error(
       f'argument --data-dir: train and val must have the same classes, but have'
-      f' {len(train.classes)} and {len(val.classes)}. Write the folder that'
-      f' holds both.'
+      f' {len(classes[0])} and {len(classes[1])}. Write the folder that holds'
+      f' both.'
     )
   n = jax.device_count()
-  if args.batch_size % n or args.batch_size > len(train):
+  if args.batch_size % n or args.batch_size > len(images.train):
     parser.error(
       f'argument --batch-size: must be a multiple of {n}, the number of'
-      f' devices, and at most {len(train)}, the number of images, but got'
-      f' {args.batch_size}. Write for example --batch-size {n}.'
+      f' devices, and at most {len(images.train)}, the number of images, but'
+      f' got {args.batch_size}. Write for example --batch-size {n}.'
     )
   arguments.check_out(parser, args)
-  args.train, args.val = train, val
-  return args
-
-
-def make_model(num_classes: int) -> nn.Module:
-  """The network."""
-  return bottleneck.ResNet(num_classes)
+  return args, images
 
 
 def preprocess(images: jax.Array) -> jax.Array:
   """Maps uint8 images to float32 of mean 0 and standard deviation 1."""
   return (images / 255.0 - jnp.array(MEAN)) / jnp.array(STD)
-
-
-def make_value_and_grad(args: argparse.Namespace, loss_fn: Any) -> Any:
-  """The gradient that is descended: of the loss, of SAM or of ASAM."""
-  if args.optimizer == 'sgd':
-    return jax.value_and_grad(loss_fn, has_aux=True)
-  adaptive = args.optimizer == 'asam'
-  return optax_asam.value_and_grad(
-    loss_fn,
-    has_aux=True,
-    rho=args.rho,
-    adaptive=adaptive,
-    **({'eta': args.eta} if adaptive else {}),
-  )
 
 
 class Training:
@@ -144,23 +143,17 @@ class Training:
     train_loss: The mean loss of the steps of each epoch, before each of them.
   """
 
-  def __init__(self, args: argparse.Namespace):
+  def __init__(self, args: argparse.Namespace, images: Images):
     self._args = args
-    self._model = make_model(len(args.train.classes))
-    num_steps = len(args.train) // args.batch_size
-    self._num_steps = num_steps
-    self._tx = optax.chain(
-      optax.add_decayed_weights(args.weight_decay),
-      optax.sgd(
-        optax.cosine_decay_schedule(args.lr, args.epochs * num_steps),
-        momentum=MOMENTUM,
-      ),
-    )
+    self._images = images
+    self._model: nn.Module = bottleneck.ResNet(len(images.train.classes))
+    self._num_steps = len(images.train) // args.batch_size
+    self._tx = optimizers.make_base_tx(args, args.epochs * self._num_steps)
     mesh = jax.make_mesh((jax.device_count(),), ('batch',))
     spec = jax.sharding.PartitionSpec
     self._by_batch = jax.sharding.NamedSharding(mesh, spec('batch'))
     self._replicated = jax.sharding.NamedSharding(mesh, spec())
-    self._checkpoints = checkpoints.Checkpoints(args.out / 'checkpoints')
+    self._checkpoints = checkpoints.Checkpoints(args.out / checkpoints.FOLDER)
     self.train_loss: list[float] = []
     self._step = jax.jit(self._take_step, donate_argnums=0)
     self._count = jax.jit(self._count_correct)
@@ -185,7 +178,10 @@ class Training:
       )
 
     batch = batch._replace(images=preprocess(batch.images))
-    (loss, model_state), grads = make_value_and_grad(self._args, loss_fn)(
+    value_and_grad = optimizers.make_value_and_grad(
+      self._args.optimizer, loss_fn, self._args.rho, self._args
+    )
+    (loss, model_state), grads = value_and_grad(
       state.params, state.model_state, batch
     )
     updates, opt_state = self._tx.update(grads, state.opt_state, state.params)
@@ -212,7 +208,7 @@ class Training:
       for epoch in range(len(self.train_loss), args.epochs):
         losses = []
         for batch in image_folder.train_batches(
-          args.train,
+          self._images.train,
           args.batch_size,
           args.image_size,
           seed=seed_of_epoch(args.seed, epoch),
@@ -230,13 +226,13 @@ class Training:
     args = self._args
     correct = np.zeros(2)
     for batch in image_folder.eval_batches(
-      args.val, args.batch_size, args.image_size, threads=args.threads
+      self._images.val, args.batch_size, args.image_size, threads=args.threads
     ):
       # The last one need not be a multiple of the devices.
       is_full = len(batch.labels) == args.batch_size
       sharding = self._by_batch if is_full else self._replicated
       correct += np.asarray(self._count(state, jax.device_put(batch, sharding)))
-    top_1, top_5 = correct / len(args.val)
+    top_1, top_5 = correct / len(self._images.val)
     return {'top_1_accuracy': float(top_1), 'top_5_accuracy': float(top_5)}
 
   def _restore(self) -> State | None:
@@ -256,9 +252,9 @@ def seed_of_epoch(seed: int, epoch: int) -> int:
 
 def main(argv: Sequence[str]) -> None:
   """Runs the program."""
-  args = parse(argv)
+  args, images = parse(argv)
   provenance = records.provenance('experiments/imagenet.py', argv)
-  training = Training(args)
+  training = Training(args, images)
   accuracies = {}
   try:
     accuracies = training.train()
@@ -270,11 +266,11 @@ def main(argv: Sequence[str]) -> None:
         **provenance,
         'complete': bool(accuracies),
         'config': {
-          name: value
-          for name, value in vars(args).items()
-          if name not in ('train', 'val')
+          **vars(args),
+          'ord': f'{args.ord:g}',  # JSON has no inf.
+          'momentum': optimizers.MOMENTUM,
         },
-        'images': {'train': len(args.train), 'val': len(args.val)},
+        'images': {name: len(each) for name, each in images._asdict().items()},
         'train_loss': training.train_loss,
         **accuracies,
       },
@@ -283,8 +279,7 @@ def main(argv: Sequence[str]) -> None:
     f'{args.optimizer}: {100 * accuracies["top_1_accuracy"]:.2f} % top 1,'
     f' {100 * accuracies["top_5_accuracy"]:.2f} % top 5'
   )
-  (args.out / 'checkpoints.json').unlink()
-  shutil.rmtree(args.out / 'checkpoints')
+  arguments.finish(args.out)
 
 
 if __name__ == '__main__':

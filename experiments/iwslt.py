@@ -18,9 +18,9 @@ import argparse
 from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
-import shutil
 import sys
 from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -44,42 +44,45 @@ PAPER = {
 }
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-  """Parses the options."""
+class Data(NamedTuple):
+  """The corpus, and the vocabulary of SentencePiece as it is stored."""
+
+  corpus: corpus.Corpus
+  vocabulary: bytes
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Data]:
+  """Reads the command line, with an exit if it cannot be done as it says."""
   parser = arguments.Parser(
     description="Trains a Transformer on IWSLT'14, German to English.",
     allow_abbrev=False,
   )
   add = parser.add_argument
-  is_positive = lambda x: x > 0
-  rate = lambda example: arguments.number(
-    lambda x: 0 <= x < 1, 'a number >= 0 and < 1', example
-  )
-  names = ', '.join(translation.OPTIMIZERS)
-  for option, type_, default, what in (
-    ('seeds', arguments.count(3), 3, 'how many, for each optimizer'),
-    ('epochs', arguments.count(50), 50, 'how long each trains'),
-    ('rho-sam', _radius('0.1'), 0.1, 'the radius of SAM'),
-    ('rho-asam', _radius('0.2'), 0.2, 'the radius of ASAM'),
-    ('eta', _radius('0.01'), 0.01, 'the stabilizer of ASAM'),
-    ('lr', arguments.number(is_positive, 'a number > 0', '5e-4'), 5e-4, 'peak'),
-    ('warmup', arguments.count(4000), 4000, 'steps until the peak'),
-    ('weight-decay', _radius('1e-4'), 1e-4, 'decoupled'),
-    ('dropout', rate('0.3'), 0.3, 'rate'),
-    ('label-smoothing', rate('0.1'), 0.1, 'from 0 to 1'),
-    ('max-tokens', arguments.count(4096), 4096, 'pieces of a batch'),
-    ('vocab-size', arguments.count(10000), 10000, 'pieces that there are'),
-    ('layers', arguments.count(6), 6, 'of encoder and decoder, each'),
-    ('width', arguments.count(512), 512, 'of the residuals'),
-    ('hidden-size', arguments.count(1024), 1024, 'of feed-forward layers'),
-    ('heads', arguments.count(4), 4, 'of attention'),
-    ('beam', arguments.count(5), 5, 'sequences that the search keeps'),
+  count, fraction = arguments.count, arguments.fraction
+  nonnegative, positive = arguments.nonnegative, arguments.positive
+  for option, make_type, default, what in (
+    ('seeds', count, 3, 'how many, for each optimizer'),
+    ('epochs', count, 50, 'how long each trains'),
+    ('rho-sam', nonnegative, 0.1, 'the radius of SAM'),
+    ('rho-asam', nonnegative, 0.2, 'the radius of ASAM'),
+    ('eta', nonnegative, 0.01, 'the stabilizer of ASAM'),
+    ('lr', positive, 5e-4, 'learning rate at its peak'),
+    ('warmup', count, 4000, 'steps until the peak'),
+    ('weight-decay', nonnegative, 1e-4, 'decoupled'),
+    ('dropout', fraction, 0.3, 'rate'),
+    ('label-smoothing', fraction, 0.1, 'in training'),
+    ('max-tokens', count, 4096, 'pieces of a batch'),
+    ('vocab-size', count, 10000, 'pieces that there are'),
+    ('layers', count, 6, 'of encoder and decoder, each'),
+    ('width', count, 512, 'of the residuals'),
+    ('hidden-size', count, 1024, 'of feed-forward layers'),
+    ('heads', count, 4, 'of attention'),
+    ('beam', count, 5, 'sequences that the search keeps'),
   ):
     add(
       f'--{option}',
-      type=type_,
+      type=make_type(default),
       default=default,
-      metavar=option[0].upper(),
       help=f'{what} ({default:g})',
     )
   add(
@@ -87,7 +90,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     nargs='+',
     choices=list(translation.OPTIMIZERS),
     default=list(translation.OPTIMIZERS),
-    help=f'some of {names} (all)',
+    help='what is compared (all)',
   )
   add('--data-dir', type=Path, help='folder with the archive, or what it holds')
   add('--out', type=Path, default=Path('out/iwslt'), help='for results')
@@ -100,29 +103,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
       f' 4.'
     )
   try:
-    args.corpus = corpus.load(args.data_dir)
-    args.vocabulary = corpus.train_vocabulary(
-      args.corpus.train, args.vocab_size
-    )
+    loaded = corpus.load(args.data_dir)
+    vocabulary = corpus.train_vocabulary(loaded.train, args.vocab_size)
   except (archives.DataError, ValueError) as error:
     parser.error(str(error))
-  arguments.check_out(parser, _config(args))
-  return args
-
-
-def _radius(example):
-  return arguments.number(lambda x: x >= 0, 'a number >= 0', example)
-
-
-def _config(args: argparse.Namespace) -> argparse.Namespace:
-  """The options, without what was read."""
-  return argparse.Namespace(
-    **{
-      name: value
-      for name, value in vars(args).items()
-      if name not in ('corpus', 'vocabulary')
-    }
-  )
+  arguments.check_out(parser, args)
+  return args, Data(loaded, vocabulary)
 
 
 class Training:
@@ -132,16 +118,17 @@ class Training:
     runs: What is known of each that has begun, the last one being at it.
   """
 
-  def __init__(self, args: argparse.Namespace):
+  def __init__(self, args: argparse.Namespace, data: Data):
     self._args = args
+    self._corpus = data.corpus
     self._vocabulary = sentencepiece.SentencePieceProcessor(
-      model_proto=args.vocabulary
+      model_proto=data.vocabulary
     )
     self._pieces = {
-      split: corpus.encode(self._vocabulary, getattr(args.corpus, split))
+      split: corpus.encode(self._vocabulary, getattr(data.corpus, split))
       for split in ('train', 'validation')
     }
-    self._checkpoints = checkpoints.Checkpoints(args.out / 'checkpoints')
+    self._checkpoints = checkpoints.Checkpoints(args.out / checkpoints.FOLDER)
     self.runs: list[dict[str, Any]] = []
 
   def _programs_of(self, optimizer: str) -> translation.Programs:
@@ -209,7 +196,7 @@ class Training:
       run[f'{split}_bleu'] = translation.bleu(
         programs,
         state.params,
-        getattr(args.corpus, split),
+        getattr(self._corpus, split),
         self._vocabulary,
         size,
       )
@@ -235,7 +222,7 @@ def rho_of(optimizer: str, args: argparse.Namespace) -> float:
 
 
 def describe(
-  argv: Sequence[str], args: argparse.Namespace, runs: Sequence[Mapping]
+  args: argparse.Namespace, pairs: corpus.Corpus, runs: Sequence[Mapping]
 ) -> dict[str, Any]:
   """What results.json holds: of each optimizer, the runs that have ended."""
   ended = [run for run in runs if 'test_bleu' in run]
@@ -256,12 +243,10 @@ def describe(
         },
       }
   return {
-    **records.provenance('experiments/iwslt.py', argv),
     'complete': len(ended) == len(args.optimizer) * args.seeds,
-    'config': vars(_config(args)),
-    'pairs': {
-      split: len(pairs) for split, pairs in args.corpus._asdict().items()
-    },
+    'config': vars(args),
+    'pairs': {split: len(each) for split, each in pairs._asdict().items()},
+    'bleu': translation.bleu_signature(),
     'optimizers': optimizers,
   }
 
@@ -289,17 +274,18 @@ def table(results: Mapping[str, Any]) -> str:
 
 def main(argv: Sequence[str]) -> None:
   """Runs the program."""
-  args = parse(argv)
-  training = Training(args)
+  args, data = parse(argv)
+  # Of the start: what is committed meanwhile has no part in it.
+  provenance = records.provenance('experiments/iwslt.py', argv)
+  training = Training(args, data)
   try:
     training.train()
   finally:
     # Ctrl-C, too, leaves what there is.
-    results = describe(argv, args, training.runs)
+    results = {**provenance, **describe(args, data.corpus, training.runs)}
     records.write_json(args.out / 'results.json', results)
     print(table(results))
-  (args.out / 'checkpoints.json').unlink()
-  shutil.rmtree(args.out / 'checkpoints')
+  arguments.finish(args.out)
 
 
 if __name__ == '__main__':

@@ -16,6 +16,7 @@ import sentencepiece
 
 import beam_search
 import corpus
+import models
 import optax_asam
 from transformer import Transformer
 
@@ -149,10 +150,7 @@ def _sum_losses(logits, target, label_smoothing):
   """The sum of the losses of all pieces after the first, and their number."""
   labels = target[:, 1:]
   is_piece = labels != corpus.PAD
-  one_hot = jax.nn.one_hot(labels, logits.shape[-1])
-  losses = optax.softmax_cross_entropy(
-    logits, optax.smooth_labels(one_hot, label_smoothing)
-  )
+  losses = models.cross_entropies(logits, labels, label_smoothing)
   return jnp.sum(losses, where=is_piece), jnp.sum(is_piece)
 
 
@@ -206,3 +204,8 @@ def bleu(
       translations[i] = vocabulary.decode(words)
   references = [english for _, english in pairs]
   return sacrebleu.corpus_bleu(translations, [references]).score
+
+
+def bleu_signature() -> str:
+  """SacreBLEU's version and settings, in its own words."""
+  return sacrebleu.BLEU(references=[['']]).get_signature().format()

@@ -1,7 +1,9 @@
 """What several test files use."""
 
+import io
 import os
 import pathlib
+import tarfile
 from typing import Any
 
 import jax
@@ -78,6 +80,17 @@ def shard_map(function, *, check_vma=True, **kwargs):
   from jax.experimental.shard_map import shard_map
 
   return shard_map(function, check_rep=check_vma, **kwargs)
+
+
+def tar_gz(files: dict[str, bytes]) -> bytes:
+  """An archive, with a file in it that is not needed, like the published."""
+  stream = io.BytesIO()
+  with tarfile.open(fileobj=stream, mode='w:gz') as archive:
+    for name, content in {'folder/readme.html': b'', **files}.items():
+      member = tarfile.TarInfo(name)
+      member.size = len(content)
+      archive.addfile(member, io.BytesIO(content))
+  return stream.getvalue()
 
 
 # At learning rates that lead to the targets of test_convergence.py.

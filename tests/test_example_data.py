@@ -27,6 +27,7 @@ import data
 import formats
 import input_cost
 import sources
+from support import tar_gz
 import timing
 
 ROOT = Path(__file__).parents[1]
@@ -52,17 +53,6 @@ def cifar(images, *labels):
   """A file of CIFAR: each label of a record, then its red, green and blue."""
   planes = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
   return np.column_stack([*labels, planes]).astype(np.uint8).tobytes()
-
-
-def tar_gz(files):
-  """An archive, with a file in it that is not needed, like the published."""
-  stream = io.BytesIO()
-  with tarfile.open(fileobj=stream, mode='w:gz') as archive:
-    for name, content in {'folder/readme.html': b'', **files}.items():
-      member = tarfile.TarInfo(name)
-      member.size = len(content)
-      archive.addfile(member, io.BytesIO(content))
-  return stream.getvalue()
 
 
 def random_part(n, shape, num_classes):

@@ -1,5 +1,6 @@
 """Promise: the program of the paper's ImageNet does what it says."""
 
+import functools
 import json
 
 import jax
@@ -113,11 +114,8 @@ def test_eval_batches(folder):
 @pytest.fixture
 def run(folder, monkeypatch):
   """Runs the program with a small network in a folder."""
-  monkeypatch.setattr(
-    imagenet,
-    'make_model',
-    lambda num_classes: bottleneck.ResNet(num_classes, stages=(1,), width=8),
-  )
+  small = functools.partial(bottleneck.ResNet, stages=(1,), width=8)
+  monkeypatch.setattr(bottleneck, 'ResNet', small)
 
   def run_in(out, *options):
     imagenet.main(
@@ -190,6 +188,7 @@ def test_damaged_file(tmp_path):
     (['--optimizer=sgd', '--rho=1'], 'SGD has none'),
     (['--batch-size=12'], 'must be a multiple of 8, the number of devices'),
     (['--batch-size=64'], 'at most 32, the number of images'),
+    (['--label-smoothing=1'], 'must be a number in [0, 1), but got'),
   ],
 )
 def test_errors(folder, tmp_path, capsys, options, message):

@@ -70,7 +70,9 @@ def test_prose():
   """Each number with a decimal point in a sentence is one of a table."""
   _, title, page = PAGE.partition('## Sharpness against generalization')
   assert title
-  page = re.sub(r'```.*?```|\]\(.*?\)|\[arXiv[^\]]*\]', '', page, flags=re.DOTALL)
+  page = re.sub(
+    r'```.*?```|\]\(.*?\)|\[arXiv[^\]]*\]', '', page, flags=re.DOTALL
+  )
   tables = ' '.join(re.findall(r'^\|.*$', page, re.MULTILINE))
   prose = re.sub(r'^\|.*$', '', page, flags=re.MULTILINE)
   find = lambda text: set(re.findall(r'\d+\.\d+', text))

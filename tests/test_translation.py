@@ -1,9 +1,7 @@
 """Promise: the program of the paper's translation does what it says."""
 
-import io
 import itertools
 import json
-import tarfile
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +13,7 @@ import beam_search
 import corpus
 import iwslt
 from support import error
+from support import tar_gz
 import transformer
 import translation
 
@@ -65,12 +64,14 @@ def write_archive(folder, members):
   """A compressed archive by the name of the published one; returns it."""
   folder.mkdir(exist_ok=True)
   file = folder / corpus.ARCHIVE.name
-  with tarfile.open(file, 'w:gz') as archive:
-    for name, text in members.items():
-      content = text.encode()
-      member = tarfile.TarInfo(f'{corpus.FOLDER}/{name}')
-      member.size = len(content)
-      archive.addfile(member, io.BytesIO(content))
+  file.write_bytes(
+    tar_gz(
+      {
+        f'{corpus.FOLDER}/{name}': text.encode()
+        for name, text in members.items()
+      }
+    )
+  )
   return file
 
 
@@ -388,6 +389,7 @@ def test_it_learns(run, tmp_path, capsys):
   """It translates numbers that it has not seen in this order, nearly all."""
   results = run(tmp_path, '--optimizer', 'asam', '--epochs=40')
   assert results['complete']
+  assert '|tok:13a|' in results['bleu']
   assert results['pairs'] == {'train': 220, 'validation': 10, 'test': 20}
   asam = results['optimizers']['asam']
   assert asam['rho'] == 0.1
@@ -432,7 +434,7 @@ def test_interrupted(run, tmp_path, monkeypatch, capsys):
   ('option', 'message'),
   [
     ('--width=30', 'must be a multiple of twice the heads, but got 30 and 4'),
-    ('--dropout=1', 'a number >= 0 and < 1'),
+    ('--dropout=1', 'must be a number in [0, 1), but got'),
     ('--data-dir=nowhere', 'must be a folder with de-en.tgz or de-en'),
   ],
 )
