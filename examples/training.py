@@ -11,6 +11,7 @@ from collections.abc import Callable
 import functools
 from typing import NamedTuple
 
+import chex
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -61,6 +62,14 @@ def start_epoch(position: Position) -> Position:
   return Position(
     key, order, jnp.zeros_like(position.step), jnp.zeros_like(position.loss)
   )
+
+
+def augmentation_key(key: jax.Array, step: chex.Numeric) -> jax.Array:
+  """The key of a step's augmentation, from that of its epoch.
+
+  The first two that ``fold_in`` makes are the next epoch's, those of ``split``.
+  """
+  return jax.random.fold_in(key, step + 2)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -138,7 +147,7 @@ def make_programs(
         dataset,
         split,
         indices,
-        jax.random.fold_in(key, step) if args.augment else None,
+        augmentation_key(key, step) if args.augment else None,
       )
       value_and_grad = optimizers.make_value_and_grad(
         gradient, loss_fn, rho, args

@@ -133,7 +133,7 @@ def take_epoch(state, split, position, first_step, optimizer, rho, args):
     indices = position.order[i * args.batch_size : (i + 1) * args.batch_size]
     images, labels = split.images[indices], split.labels[indices]
     if args.augment:
-      images = add_noise(jax.random.fold_in(position.key, i), images)
+      images = add_noise(training.augmentation_key(position.key, i), images)
     perturbed = optimizer != 'sgd' and step % args.every_k == 0
     tx = asam(
       optax.identity(),
@@ -277,6 +277,20 @@ def test_nothing_is_compiled_twice(seed_axis, tmp_path, caplog, capsys):
   assert counts['start_epoch'] == (1 if seed_axis == 'loop' else 2)
   # Accuracy on three parts of the data, loss and sharpness in two balls on one.
   assert counts['measure_batch'] == (6 if seed_axis == 'loop' else 7)
+
+
+def test_no_key_is_used_twice():
+  """Those of augmentation differ from each other and from the next epochs'."""
+  position = training.Position(
+    jax.random.key(0), jnp.arange(4), jnp.int32(4), jnp.float32(0)
+  )
+  used = []
+  for _ in range(3):
+    used += [*jax.random.split(position.key), position.key]
+    used += [training.augmentation_key(position.key, step) for step in range(4)]
+    position = training.start_epoch(position)
+  # What an epoch is given as its key was made by the one before.
+  assert len({bytes(jax.random.key_data(key)) for key in used}) == 3 * 7 - 2
 
 
 def test_input_never_leaves_the_device(dataset):

@@ -9,6 +9,7 @@ import pytest
 
 import comparisons
 import correlation
+import imagenet
 import iwslt
 import paper_tables
 
@@ -55,11 +56,15 @@ def test_correlation():
   assert (EXPERIMENTS / 'correlation' / 'correlation.png').exists()
 
 
-def test_published():
-  """The paper's BLEU is what the program of translation has."""
-  for row in (0, 1):
-    cells = ' | '.join(f'{scores[row]:.2f}' for scores in iwslt.PAPER.values())
-    assert f' | {cells} |\n' in PAGE
+@pytest.mark.parametrize(
+  ('program', 'rows'),
+  [(imagenet, ('top 1', 'top 5')), (iwslt, ('validation', 'test'))],
+)
+def test_published(program, rows):
+  """What the paper reports is what the programs have."""
+  for i, row in enumerate(rows):
+    cells = ' | '.join(f'{scores[i]:.2f}' for scores in program.PAPER.values())
+    assert f'\n| {row} | {cells} |\n' in PAGE
 
 
 # Numbers in sentences that are no results: settings.
