@@ -76,7 +76,7 @@ def test_prose():
   _, title, page = PAGE.partition('## Sharpness against generalization')
   assert title
   page = re.sub(
-    r'```.*?```|\]\(.*?\)|\[arXiv[^\]]*\]', '', page, flags=re.DOTALL
+    r'```.*?```|\[arXiv[^\]]*\]\(.*?\)|\]\(.*?\)', '', page, flags=re.DOTALL
   )
   tables = ' '.join(re.findall(r'^\|.*$', page, re.MULTILINE))
   prose = re.sub(r'^\|.*$', '', page, flags=re.MULTILINE)
