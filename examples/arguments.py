@@ -487,7 +487,7 @@ def load_dataset(parser: Parser, args: argparse.Namespace) -> data.Dataset:
 # What a run was started with, in --out beside its checkpoints until it is done.
 STARTED_WITH = 'checkpoints.json'
 # Options that do not change what a run computes.
-NOT_CONFIG = ('out', 'resume', 'tensorboard')
+NOT_CONFIG = ('out', 'resume', 'tensorboard', 'data_dir', 'threads')
 
 
 def check_out(parser: Parser, args: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ import sentencepiece
 import archives
 
 ARCHIVE = archives.Published(
-  'http://dl.fbaipublicfiles.com/fairseq/data/iwslt14/de-en.tgz', md5=None
+  'https://dl.fbaipublicfiles.com/fairseq/data/iwslt14/de-en.tgz', md5=None
 )
 FOLDER = 'de-en'
 LANGUAGES = ('de', 'en')

@@ -6,9 +6,11 @@
 
 The paper's recipe: SGD with momentum 0.9 of learning rate 0.2, falling by a
 cosine, weight decay 1e-4, batches of 512, 100 epochs, the radii that the paper
-has chosen. Label smoothing 0.1 is usual; the paper does not say. One process
-with all of its devices, over which batches are split. The files for validation,
-whose labels are public, are read at the end.
+has chosen; SGD had twice the epochs. Label smoothing 0.1 is usual; the paper
+does not say. One process with all of its devices, over which batches are split;
+the perturbation is one for the whole batch, where the paper's, as recalled, is
+that of each device. The files for validation, whose labels are public, are read
+at the end.
 
 Repeat the command with ``--resume`` after Ctrl-C, a kill or a crash.
 """

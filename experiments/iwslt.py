@@ -4,7 +4,7 @@
 
     python experiments/iwslt.py --out out/iwslt
 
-The paper's recipe (section 5.3): a Transformer of six layers, Adam of learning
+The paper's recipe: a Transformer of six layers, Adam of learning
 rate 5e-4, weight decay 1e-4, dropout 0.3, label smoothing 0.1, and the radii
 that the paper has chosen. What the paper leaves open is usual for this corpus:
 4,000 steps of warm-up, then the root of the steps; 4,096 pieces a batch; 10,000
