@@ -1,32 +1,10 @@
 """Promise: the runs behind the paper's tables are what their page says."""
 
-import types
-
 import numpy as np
 import pytest
 
-import arguments
 import comparisons
-import data
-import m_sharpness
-
-
-@pytest.fixture
-def fashion_mnist(monkeypatch):
-  """As many images as Fashion-MNIST has, and nothing on them."""
-
-  def load(parser, args):
-    del parser
-    size = args.train_size or 60000
-    split = lambda n: data.Split(
-      np.zeros((n, 28, 28, 1), np.uint8), np.zeros(n, np.int32)
-    )
-    return types.SimpleNamespace(
-      train=split(size), test=split(10000), num_classes=10
-    )
-
-  monkeypatch.setattr(arguments, 'load_dataset', load)
-
+import paper_runs
 
 # What a run has that others of its model do not have, by the rest of its name.
 OWN = {
@@ -75,16 +53,12 @@ OF_MODEL = {
 
 
 @pytest.mark.parametrize('name', comparisons.RUNS)
-def test_options(name, fashion_mnist, tmp_path, monkeypatch):
+def test_options(name, tmp_path):
   """The program takes them; they are those that the name says.
 
   Rho is one of six values, by one seed.
   """
-  # The oldest Optax lacks what the runs are for.
-  monkeypatch.setattr(m_sharpness, 'missing', lambda way: '')
-  args, _ = arguments.parse(
-    [*comparisons.RUNS[name], f'--out={tmp_path / "out"}']
-  )
+  args = paper_runs.parse(*comparisons.RUNS[name], f'--out={tmp_path / "out"}')
   assert name.startswith(f'{args.model}-')
   own = OWN[name.removeprefix(f'{args.model}-')]
   expected = OF_ALL | OF_MODEL[args.model] | own
@@ -114,9 +88,9 @@ def test_finished_runs_are_kept(short, tmp_path, capfd):
   assert not capfd.readouterr().out
 
 
-def test_interrupted_runs_go_on(short, tmp_path, fashion_mnist, capfd):
+def test_interrupted_runs_go_on(short, tmp_path, capfd):
   """What has begun is resumed, and the program says with which options."""
-  arguments.parse(['--epochs=2', f'--out={tmp_path / "short"}'])
+  paper_runs.parse('--epochs=2', f'--out={tmp_path / "short"}')
   with pytest.raises(SystemExit) as exit_info:
     comparisons.main([f'--out={tmp_path}'])
   assert exit_info.value.code == 1

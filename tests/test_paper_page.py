@@ -3,15 +3,17 @@
 import json
 import pathlib
 import re
-import shlex
 
 import pytest
 
+import arguments
 import comparisons
 import correlation
 import imagenet
 import iwslt
+import paper_runs
 import paper_tables
+import records
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
 PAGE = (EXPERIMENTS / 'README.md').read_text()
@@ -22,15 +24,31 @@ CORRELATION = json.loads(
 
 
 @pytest.mark.parametrize('name', RUNS)
-def test_run(name):
-  """It is of a commit as it was, with the options that the run has now."""
+def test_run(name, tmp_path):
+  """It is of a commit as it was, with the options that the run has now.
+
+  Each rho is of six, by one seed.
+  """
   results = RUNS[name]
   assert re.fullmatch('[0-9a-f]{40}', results['commit'])
-  command = shlex.split(results['command'])
-  assert set(comparisons.RUNS[name]) <= set(command)
-  assert not any('=/' in option for option in command)
-  for search in results['search'].values():
-    assert len(search['candidates']) == 6
+  assert '=/' not in results['command']
+  args = paper_runs.parse(*comparisons.RUNS[name], f'--out={tmp_path / "out"}')
+  options = records.to_json(vars(args) | {'ord': f'{args.ord:g}'})
+  differing = {
+    option
+    for option, value in options.items()
+    if results['config'][option] != value
+  }
+  assert differing <= set(arguments.NOT_CONFIG)
+  assert set(results['search']) == set(args.rho)
+  for method, search in results['search'].items():
+    candidates = [candidate['rho'] for candidate in search['candidates']]
+    assert candidates == args.rho[method]
+    assert len(candidates) == 6
+    assert len(search['seeds']) == 1
+  assert set(results['optimizers']) == set(args.optimizer)
+  for measured in results['optimizers'].values():
+    assert len(measured['test_accuracy']['per_seed']) == len(args.seeds)
 
 
 def test_classification():
