@@ -10,19 +10,21 @@ with it: the MLP on 60,000 images of Fashion-MNIST with five seeds, the CNN on
 again, and what was interrupted goes on.
 """
 
-import argparse
 from collections.abc import Sequence
 import concurrent.futures
 import functools
 import json
 import os
 from pathlib import Path
+import shlex
 import subprocess
 import sys
 import time
 
-ROOT = Path(__file__).parents[1]
+sys.path.append(str(Path(__file__).parents[1] / 'examples'))
+import arguments
 
+ROOT = Path(__file__).parents[1]
 EPOCHS = 30
 COMMON = [
   *('--dataset=fashion_mnist', '--batch-size=128', '--label-noise=0'),
@@ -86,16 +88,17 @@ RUNS = {
 }
 
 
-def is_finished(folder: Path) -> bool:
-  """Whether the run of a folder has come to its end."""
+def finished_command(folder: Path) -> list[str]:
+  """The command of a run that has come to its end; empty of any other."""
   file = folder / 'results.json'
-  return file.exists() and json.loads(file.read_text())['complete']
+  results = json.loads(file.read_text()) if file.exists() else {}
+  return shlex.split(results['command']) if results.get('complete') else []
 
 
 def run(name: str, out: Path, options: Sequence[str]) -> bool:
   """Runs what is not finished; its output goes to a file. Whether it ended."""
   folder = out / name
-  if is_finished(folder):
+  if finished_command(folder):
     return True
   folder.mkdir(parents=True, exist_ok=True)
   # Relative to where it runs, as the results name them.
@@ -104,7 +107,7 @@ def run(name: str, out: Path, options: Sequence[str]) -> bool:
     f'--out={os.path.relpath(folder, ROOT)}',
     *RUNS[name],
     *options,
-    *(['--resume'] if (folder / 'checkpoints.json').exists() else []),
+    *(['--resume'] if (folder / arguments.STARTED_WITH).exists() else []),
   ]
   start = time.perf_counter()
   with (folder / 'output.txt').open('a') as output:
@@ -129,7 +132,7 @@ def run(name: str, out: Path, options: Sequence[str]) -> bool:
 
 def main(argv: Sequence[str]) -> None:
   """Runs the program."""
-  parser = argparse.ArgumentParser(
+  parser = arguments.Parser(
     description="Runs the comparisons of the paper's tables.",
     epilog=f'Runs: {", ".join(RUNS)}.',
     allow_abbrev=False,
@@ -138,7 +141,9 @@ def main(argv: Sequence[str]) -> None:
   add('runs', nargs='*', metavar='run', help='which ones (all)')
   add('--data-dir', type=Path, help='folder with the files of Fashion-MNIST')
   add('--out', type=Path, default=Path('out/comparisons'), help='for results')
-  add('--jobs', type=int, default=1, help='how many at a time (1)')
+  add(
+    '--jobs', type=arguments.count(2), default=1, help='how many at a time (1)'
+  )
   args = parser.parse_args(argv)
   unknown = sorted(set(args.runs) - set(RUNS))
   if unknown:
@@ -146,6 +151,13 @@ def main(argv: Sequence[str]) -> None:
       f'there is no run {unknown[0]!r}. Write some of {", ".join(RUNS)}, or'
       f' none for all.'
     )
+  for name in args.runs or RUNS:
+    command = finished_command(args.out / name)
+    if command and command[3 : 3 + len(RUNS[name])] != RUNS[name]:
+      parser.error(
+        f"argument --out: '{args.out / name}' holds a run with other options"
+        f' than {name} has now. Remove it, or write another --out.'
+      )
   options = []
   if args.data_dir:
     options = [f'--data-dir={os.path.relpath(args.data_dir, ROOT)}']

@@ -33,6 +33,7 @@ import numpy as np
 import optax
 
 sys.path.append(str(Path(__file__).parents[1] / 'examples'))
+import arguments
 import data
 import equal_loss
 from optax_asam import normalization
@@ -308,7 +309,7 @@ def draw(results: Mapping[str, Any]) -> Figure:
 
 def main(argv: Sequence[str]) -> None:
   """Runs the program."""
-  parser = argparse.ArgumentParser(
+  parser = arguments.Parser(
     description='Correlates sharpness with the generalization gap.',
     allow_abbrev=False,
   )

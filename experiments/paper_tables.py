@@ -8,7 +8,6 @@
 ``experiments/comparisons``, from which only its pictures and logs are missing.
 """
 
-import argparse
 from collections.abc import Mapping
 from collections.abc import Sequence
 import json
@@ -20,6 +19,7 @@ from matplotlib.figure import Figure
 import numpy as np
 
 sys.path.append(str(Path(__file__).parents[1] / 'examples'))
+import arguments
 import records
 import reporting
 
@@ -207,7 +207,7 @@ def tables(results: Results) -> list[str]:
 
 def main(argv: Sequence[str]) -> None:
   """Runs the program."""
-  parser = argparse.ArgumentParser(
+  parser = arguments.Parser(
     description='Makes the tables and the figure of the comparisons.',
     allow_abbrev=False,
   )

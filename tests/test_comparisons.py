@@ -1,10 +1,14 @@
 """Promise: the runs behind the paper's tables are what their page says."""
 
+import json
+
 import numpy as np
 import pytest
 
 import comparisons
+import experiment
 import paper_runs
+import train
 
 # What a run has that others of its model do not have, by the rest of its name.
 OWN = {
@@ -73,7 +77,7 @@ def test_options(name, tmp_path):
 @pytest.fixture
 def short(monkeypatch):
   """A run that takes seconds."""
-  options = ['--epochs=1', '--seeds=1', '--optimizer=sgd', '--label-noise=0']
+  options = ['--epochs=2', '--seeds=1', '--optimizer=sgd', '--label-noise=0']
   monkeypatch.setattr(comparisons, 'RUNS', {'short': options})
 
 
@@ -88,9 +92,38 @@ def test_finished_runs_are_kept(short, tmp_path, capfd):
   assert not capfd.readouterr().out
 
 
-def test_interrupted_runs_go_on(short, tmp_path, capfd):
-  """What has begun is resumed, and the program says with which options."""
-  paper_runs.parse('--epochs=2', f'--out={tmp_path / "short"}')
+def test_interrupted_runs_go_on(short, tmp_path, monkeypatch):
+  """What has begun is resumed."""
+  train_epoch = experiment.Experiment._train_epoch
+
+  def interrupt(self, epoch, *rest):
+    if epoch == 1:
+      raise KeyboardInterrupt
+    return train_epoch(self, epoch, *rest)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(experiment.Experiment, '_train_epoch', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+      train.main([*comparisons.RUNS['short'], f'--out={tmp_path / "short"}'])
+  comparisons.main([f'--out={tmp_path}'])
+  results = json.loads((tmp_path / 'short' / 'results.json').read_text())
+  assert results['complete']
+  assert results['command'].endswith(' --resume')
+
+
+def test_runs_of_other_options(short, tmp_path, monkeypatch, capsys):
+  """What was finished with other options is not taken for the run of now."""
+  comparisons.main([f'--out={tmp_path}'])
+  options = [*comparisons.RUNS['short'], '--lr=1']
+  monkeypatch.setattr(comparisons, 'RUNS', {'short': options})
+  with pytest.raises(SystemExit):
+    comparisons.main([f'--out={tmp_path}'])
+  assert 'holds a run with other options' in capsys.readouterr().err
+
+
+def test_failed_run(short, tmp_path, capfd):
+  """Its file of output says why."""
+  paper_runs.parse('--epochs=1', f'--out={tmp_path / "short"}')
   with pytest.raises(SystemExit) as exit_info:
     comparisons.main([f'--out={tmp_path}'])
   assert exit_info.value.code == 1
