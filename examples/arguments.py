@@ -511,7 +511,7 @@ def check_out(parser: Parser, args: argparse.Namespace) -> None:
     )
   try:
     args.out.mkdir(parents=True, exist_ok=True)
-    records.write_json(file, config)
+    records.write_started(file, config)
   except OSError as error:
     parser.error(
       f'argument --out: must be a folder that can be written to, but got'
@@ -534,7 +534,7 @@ def check_resumption(
       f"argument --resume: there is no interrupted run in '{file.parent}'."
       f' Leave it out, or write the --out of one.'
     )
-  started = json.loads(file.read_text())
+  started = records.read_started(file)
   for name, value in config.items():
     if started.get(name) != value:
       parser.error(

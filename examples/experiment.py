@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Callable
 from collections.abc import Sequence
 import functools
+import time
 
 from flax import linen as nn
 import jax
@@ -58,6 +59,7 @@ class Experiment:
     self._args = args
     self._dataset = dataset
     self._checkpoints = checkpoints.Checkpoints(args.out / checkpoints.FOLDER)
+    self._began = time.perf_counter()
     if not (args.resume and self._restore(report)):
       self.histories: dict[str, History] = {}
       self._start(STAGES[0] if self.searched else STAGES[1])
@@ -97,6 +99,11 @@ class Experiment:
       for stage, history in self.histories.items()
     )
     return done, sum(costs.values()) * self._args.epochs
+
+  @property
+  def wall_time(self) -> float:
+    """Seconds so far; of what is resumed, with those of its earlier parts."""
+    return time.perf_counter() - self._began
 
   def runs_of(self, stage: str) -> Sequence[training.Run]:
     """The runs of a stage that has begun."""
@@ -188,7 +195,11 @@ class Experiment:
     self._checkpoints.save(
       epochs,
       groups.gather_states(self.groups),
-      {'stage': self.stage, 'histories': self.histories},
+      {
+        'stage': self.stage,
+        'histories': self.histories,
+        'wall_time_s': self.wall_time,
+      },
     )
 
   def _restore(self, report: Callable[[str], None]) -> bool:
@@ -196,6 +207,7 @@ class Experiment:
 
     def make_states(progress):
       self.stage, self.histories = progress['stage'], progress['histories']
+      self._began -= progress['wall_time_s']
       self._make_runs()
       return groups.gather_states(self.groups)
 

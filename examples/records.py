@@ -17,25 +17,32 @@ import flax
 import jax
 import numpy as np
 import optax
+import scipy
 
 import optax_asam
 
 
-def provenance(program: str, argv: Sequence[str]) -> dict[str, Any]:
-  """What ran and on what.
+def provenance(
+  program: str, argv: Sequence[str], started: Path | None = None
+) -> dict[str, Any]:
+  """What runs and on what, to be asked for at the start.
 
   Args:
     program: The file, such as 'examples/train.py'.
     argv: Its options.
+    started: The file of :func:`write_started`, of a program that can be
+      resumed.
   """
+  earlier = _commits(started)[:-1] if started else []
   return {
     'command': command_line(program, argv),
     'commit': git_commit(),
+    **({'resumed_from': earlier} if earlier else {}),
     'versions': {
       'python': platform.python_version(),
       **{
         module.__name__: module.__version__
-        for module in (jax, flax, optax, optax_asam)
+        for module in (jax, flax, optax, np, scipy, optax_asam)
       },
     },
     'device': jax.devices()[0].device_kind,
@@ -96,3 +103,25 @@ def write_json(path: Path, results: Mapping[str, Any]) -> None:
   text = json.dumps(to_json(results), indent=2, allow_nan=False)
   with replacing(path) as partial:
     partial.write_text(text + '\n')
+
+
+def write_started(file: Path, config: Mapping[str, Any]) -> None:
+  """Writes what a run is started or resumed with, and the commits of its parts.
+
+  Args:
+    file: The file; what is resumed has one already.
+    config: What must be the same in all parts.
+  """
+  write_json(file, {**config, 'commits': [*_commits(file), git_commit()]})
+
+
+def read_started(file: Path) -> dict[str, Any]:
+  """What a run was started with, less its commits."""
+  started = json.loads(file.read_text())
+  del started['commits']
+  return started
+
+
+def _commits(file: Path) -> list[str | None]:
+  """The commit of each part of a run so far."""
+  return json.loads(file.read_text())['commits'] if file.exists() else []

@@ -16,7 +16,6 @@ import argparse
 from collections.abc import Sequence
 import contextlib
 import sys
-import time
 from typing import Any
 
 import numpy as np
@@ -72,15 +71,14 @@ def describe_optimizers(
 
 
 def describe(
-  argv: Sequence[str],
+  provenance: dict[str, Any],
   args: argparse.Namespace,
   trained: experiment.Experiment,
   measured: dict[str, np.ndarray],
-  wall_time: float,
 ) -> dict[str, Any]:
   """What results.json holds."""
   return {
-    **records.provenance('examples/train.py', argv),
+    **provenance,
     'complete': bool(measured),
     'config': {
       **vars(args),
@@ -97,7 +95,7 @@ def describe(
       if 'final' in trained.histories
       else {}
     ),
-    'wall_time_s': wall_time,
+    'wall_time_s': trained.wall_time,
   }
 
 
@@ -122,8 +120,11 @@ def train(
 
 def main(argv: Sequence[str]) -> None:
   """Runs the program."""
-  start = time.perf_counter()
   args, dataset = arguments.parse(argv)
+  # Of the start: what is committed meanwhile has no part in it.
+  provenance = records.provenance(
+    'examples/train.py', argv, args.out / arguments.STARTED_WITH
+  )
   console = Console(markup=False)  # A path may have brackets.
   trained = experiment.Experiment(args, dataset, console.print)
   measured = {}
@@ -131,9 +132,7 @@ def main(argv: Sequence[str]) -> None:
     measured = train(trained, args)
   finally:
     # Ctrl-C, too, leaves what there is.
-    results = describe(
-      argv, args, trained, measured, time.perf_counter() - start
-    )
+    results = describe(provenance, args, trained, measured)
     reporting.write(console, args.out, results, trained.searches)
   arguments.finish(args.out)
 

@@ -74,6 +74,8 @@ RADII = {
   ('adaptive sharpness', 'average', 2): (0.05, 0.1, 0.2),
   ('adaptive sharpness', 'average', np.inf): (0.1, 0.2, 0.4),
 }
+# In --out, what its networks come from.
+CONFIG = 'config.json'
 # Of the rates of dropout (Okabe and Ito).
 COLORS = ('#0072b2', '#e69f00', '#d55e00')
 # Kwon et al., 2021, for (name, p): overall, and the mean of the four settings,
@@ -147,11 +149,12 @@ def train_all(
 ) -> list[tuple[equal_loss.Settings, equal_loss.Trained]]:
   """Trains what is not trained yet, what takes about as long together."""
   trained = []
-  for batch_size, lr in itertools.product(GRID['batch_size'], GRID['lr']):
+  parts = itertools.product(GRID['batch_size'], GRID['lr'])
+  for i, (batch_size, lr) in enumerate(parts):
     grid = rank_correlation.make_grid(
       GRID | {'batch_size': (batch_size,), 'lr': (lr,)}
     )
-    seeds = np.arange(len(grid['lr']))
+    seeds = i * len(grid['lr']) + np.arange(len(grid['lr']))
     settings = equal_loss.Settings(**grid, seed=seeds)
     name = name_of(settings)
     file = out / f'networks-{name}.npz'
@@ -218,11 +221,21 @@ def measure_all(
   return measured
 
 
+def gap_of(measured: Mapping[str, Any]) -> np.ndarray:
+  """What is to be predicted: by how much more is wrong on test data."""
+  return np.subtract(measured['test error'], measured['train error'])
+
+
 def correlate(
-  settings: Mapping[str, np.ndarray], measured: Mapping[str, np.ndarray]
+  settings: Mapping[str, np.ndarray],
+  measured: Mapping[str, np.ndarray],
+  train_loss: np.ndarray,
 ) -> dict[str, Any]:
-  """The rank correlations of each measure with the gap in the error."""
-  gap = measured['test error'] - measured['train error']
+  """The rank correlations of each measure with the gap in the error.
+
+  And with what is left of the training loss, which should not matter.
+  """
+  gap = gap_of(measured)
   correlations = {}
   for (name, case, ord), radii in RADII.items():
     for rho in radii:
@@ -238,8 +251,50 @@ def correlate(
         'mean_over_settings': rank_correlation.mean_over_settings(
           taus
         )._asdict(),
+        'with_train_loss': rank_correlation.overall(x, train_loss)._asdict(),
       }
   return correlations
+
+
+def compare(
+  settings: Mapping[str, np.ndarray], measured: Mapping[str, np.ndarray]
+) -> list[dict[str, Any]]:
+  """By how much more adaptive sharpness correlates with the gap than sharpness.
+
+  Of each case and norm, between the radii that are smallest, middle and largest
+  for the two.
+  """
+  gap = gap_of(measured)
+  compared = []
+  for (name, case, ord), radii in RADII.items():
+    if name != 'adaptive sharpness':
+      continue
+    for rhos in zip(RADII['sharpness', case, ord], radii, strict=True):
+      plain, adaptive = (
+        measured[measure_name(each, case, ord, rho)]
+        for each, rho in zip(NORMALIZATIONS, rhos, strict=True)
+      )
+      plain_taus, adaptive_taus = (
+        rank_correlation.by_setting(x, gap, settings) for x in (plain, adaptive)
+      )
+      by_setting = {
+        setting: adaptive_taus[setting] - plain_taus[setting]
+        for setting in settings
+      }
+      compared.append(
+        {
+          'case': case,
+          'p': f'{ord:g}',
+          'rho': dict(zip(NORMALIZATIONS, rhos, strict=True)),
+          'overall': rank_correlation.difference(
+            adaptive, plain, gap
+          )._asdict(),
+          'mean_over_settings': rank_correlation.mean_over_settings(
+            by_setting
+          )._asdict(),
+        }
+      )
+  return compared
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -267,11 +322,39 @@ def table(results: Mapping[str, Any]) -> str:
   )
 
 
-def _cell(correlation: Mapping[str, float]) -> str:
-  return (
-    f'{correlation["tau"]:.2f} [{correlation["low"]:.2f},'
-    f' {correlation["high"]:.2f}]'
+def difference_table(results: Mapping[str, Any]) -> str:
+  """The differences in Markdown, for each of the three radii."""
+  rows = {}
+  for each in results['differences']:
+    rows.setdefault((each['case'], each['p']), []).append(each)
+  return reporting.markdown(
+    [
+      'adaptive less plain sharpness',
+      *(
+        f'{kind}, {radius} rho'
+        for kind in ('overall', 'mean')
+        for radius in ('smallest', 'middle', 'largest')
+      ),
+    ],
+    [
+      [
+        f'{case} case, p = {p}',
+        *(
+          _cell(each[kind], '+.2f')
+          for kind in ('overall', 'mean_over_settings')
+          for each in row
+        ),
+      ]
+      for (case, p), row in rows.items()
+    ],
   )
+
+
+def _cell(found: Mapping[str, float], spec: str = '.2f') -> str:
+  tau, low, high = (
+    format(found[name], spec) for name in ('tau', 'low', 'high')
+  )
+  return f'{tau} [{low}, {high}]'
 
 
 def draw(results: Mapping[str, Any]) -> Figure:
@@ -282,7 +365,7 @@ def draw(results: Mapping[str, Any]) -> Figure:
   )
   all_axes = figure.subplots(1, len(shown), sharey=True)
   measured, settings = results['measured'], results['settings']
-  gap = 100 * np.subtract(measured['test error'], measured['train error'])
+  gap = 100 * gap_of(measured)
   for axes, ((name, case, ord), rho) in zip(all_axes, shown, strict=True):
     measure = measure_name(name, case, ord, rho)
     for dropout, color in zip(GRID['dropout'], COLORS, strict=True):
@@ -319,7 +402,9 @@ def main(argv: Sequence[str]) -> None:
   args = parser.parse_args(argv)
   check_out(parser, args.out)
   # Of the start: what is committed meanwhile has no part in it.
-  provenance = records.provenance('experiments/correlation.py', argv)
+  provenance = records.provenance(
+    'experiments/correlation.py', argv, args.out / CONFIG
+  )
   report = functools.partial(print, flush=True)
 
   try:
@@ -350,7 +435,7 @@ def main(argv: Sequence[str]) -> None:
   records.write_json(args.out / 'results.json', results)
   with records.replacing(args.out / 'correlation.png') as partial:
     draw(results).savefig(partial, format='png')
-  print(table(results))
+  print(table(results), difference_table(results), sep='\n\n')
 
 
 def make_config() -> dict[str, Any]:
@@ -380,15 +465,15 @@ def make_config() -> dict[str, Any]:
 
 def check_out(parser: argparse.ArgumentParser, out: Path) -> None:
   """Exits if what lies in ``out`` comes from other settings."""
-  file = out / 'config.json'
+  file = out / CONFIG
   config = make_config()
-  if file.exists() and json.loads(file.read_text()) != config:
+  if file.exists() and records.read_started(file) != config:
     parser.error(
       f"argument --out: '{out}' holds results of other settings than this"
       f' program has now. Write another --out, or remove it.'
     )
   out.mkdir(parents=True, exist_ok=True)
-  records.write_json(file, config)
+  records.write_started(file, config)
 
 
 def describe(
@@ -417,7 +502,8 @@ def describe(
     'train_loss': train_loss[there],
     'epochs': join(networks.epochs for _, networks, _ in parts),
     'measured': measured,
-    'correlations': correlate(settings, measured),
+    'correlations': correlate(settings, measured, train_loss[there]),
+    'differences': compare(settings, measured),
   }
 
 

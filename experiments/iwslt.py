@@ -276,7 +276,9 @@ def main(argv: Sequence[str]) -> None:
   """Runs the program."""
   args, data = parse(argv)
   # Of the start: what is committed meanwhile has no part in it.
-  provenance = records.provenance('experiments/iwslt.py', argv)
+  provenance = records.provenance(
+    'experiments/iwslt.py', argv, args.out / arguments.STARTED_WITH
+  )
   training = Training(args, data)
   try:
     training.train()

@@ -39,6 +39,21 @@ def overall(x: np.ndarray, y: np.ndarray, seed: int = 0) -> Correlation:
   return _bootstrap((x, y), tau, seed, paired=True)
 
 
+def difference(
+  x: np.ndarray, other: np.ndarray, y: np.ndarray, seed: int = 0
+) -> Correlation:
+  """By how much the tau of x and y exceeds that of another measure and y.
+
+  Of all models, which are resampled with both of their measures.
+  """
+  return _bootstrap(
+    (x, other, y),
+    lambda x, other, y: tau(x, y) - tau(other, y),
+    seed,
+    paired=True,
+  )
+
+
 def by_setting(
   x: np.ndarray,
   y: np.ndarray,

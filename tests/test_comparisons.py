@@ -8,6 +8,7 @@ import pytest
 import comparisons
 import experiment
 import paper_runs
+import records
 import train
 
 # What a run has that others of its model do not have, by the rest of its name.
@@ -93,12 +94,13 @@ def test_finished_runs_are_kept(short, tmp_path, capfd):
 
 
 def test_interrupted_runs_go_on(short, tmp_path, monkeypatch):
-  """What has begun is resumed."""
+  """What has begun is resumed; commits and times of its parts are kept."""
   train_epoch = experiment.Experiment._train_epoch
 
   def interrupt(self, epoch, *rest):
     if epoch == 1:
       raise KeyboardInterrupt
+    self._began -= 1000  # As if it had taken longer.
     return train_epoch(self, epoch, *rest)
 
   with monkeypatch.context() as patch:
@@ -109,6 +111,8 @@ def test_interrupted_runs_go_on(short, tmp_path, monkeypatch):
   results = json.loads((tmp_path / 'short' / 'results.json').read_text())
   assert results['complete']
   assert results['command'].endswith(' --resume')
+  assert results['resumed_from'] == [records.git_commit()]
+  assert results['wall_time_s'] > 1000
 
 
 def test_runs_of_other_options(short, tmp_path, monkeypatch, capsys):

@@ -12,6 +12,7 @@ import correlation
 import data
 import equal_loss
 import rank_correlation
+import records
 from support import error
 
 pytestmark = pytest.mark.usefixtures('quickly_compiled')
@@ -154,6 +155,10 @@ def test_tau():
   assert found.tau == pytest.approx(count_tau(x, y))
   assert found.low < found.tau < found.high
   assert rank_correlation.overall(x, x) == pytest.approx((1, 1, 1))
+  assert rank_correlation.difference(x, -x, x) == pytest.approx((2, 2, 2))
+  assert rank_correlation.difference(x, y, y).tau == pytest.approx(
+    found.tau - 1
+  )
 
 
 def test_by_setting():
@@ -187,15 +192,11 @@ def test_names_of_measures():
   assert len(set(names)) == 3 * len(correlation.RADII)
 
 
-# Of each norm, name and case one: a program is compiled for each.
+# Of each case one norm: a program is compiled for each.
 RADII = {
-  measure: correlation.RADII[measure]
-  for measure in (
-    ('sharpness', 'worst', 2),
-    ('sharpness', 'average', np.inf),
-    ('adaptive sharpness', 'worst', np.inf),
-    ('adaptive sharpness', 'average', 2),
-  )
+  measure: radii
+  for measure, radii in correlation.RADII.items()
+  if measure[1:] in {('worst', 2), ('average', np.inf)}
 }
 
 
@@ -256,11 +257,27 @@ def test_program(small, tmp_path, capsys):
     expected
   )
   assert f'| sharpness, worst case, p = 2 | {expected:.2f} [' in first
+  adaptive = correlation.measure_name('adaptive sharpness', 'worst', 2, 0.5)
+  difference = count_tau_b(results['measured'][adaptive], gap) - expected
+  compared = results['differences'][1]
+  assert compared['rho'] == {'sharpness': 0.05, 'adaptive sharpness': 0.5}
+  assert compared['overall']['tau'] == pytest.approx(difference)
+  assert f'| {difference:+.2f} [' in first
+  means = [
+    results['correlations'][each]['mean_over_settings']['tau']
+    for each in (adaptive, name)
+  ]
+  assert compared['mean_over_settings']['tau'] == pytest.approx(
+    means[0] - means[1]
+  )
+  assert len(set(results['seeds'])) == 16
   assert (tmp_path / 'correlation.png').exists()
 
   correlation.main(argv)
-  assert capsys.readouterr().out.strip() == correlation.table(results)
-  assert json.loads((tmp_path / 'results.json').read_text()) == results
+  assert capsys.readouterr().out in first
+  again = json.loads((tmp_path / 'results.json').read_text())
+  assert again.pop('resumed_from') == [results['commit']]
+  assert again == results
 
 
 def count_tau_b(x, y):
@@ -278,7 +295,7 @@ def count_tau_b(x, y):
 
 def test_other_settings(small, tmp_path, capsys):
   """What other settings have left is not mixed with these."""
-  (tmp_path / 'config.json').write_text('{"grid": {}}')
+  records.write_started(tmp_path / correlation.CONFIG, {'grid': {}})
   with pytest.raises(SystemExit):
     correlation.main([f'--out={tmp_path}'])
   assert 'holds results of other settings' in capsys.readouterr().err

@@ -93,7 +93,7 @@ def computed(out):
         for key, item in value.items()
         if 'second' not in key
         and key not in ('ms_per_step', 'time_ratio_to_first', 'wall_time_s')
-        and key not in ('command', 'commit', 'out', 'resume')
+        and key not in ('command', 'commit', 'resumed_from', 'out', 'resume')
       }
     return value
 
