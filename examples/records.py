@@ -25,7 +25,9 @@ import optax_asam
 def provenance(
   program: str, argv: Sequence[str], started: Path | None = None
 ) -> dict[str, Any]:
-  """What runs and on what, to be asked for at the start.
+  """What runs and on what.
+
+  To be called at the start: what is committed later has no part in it.
 
   Args:
     program: The file, such as 'examples/train.py'.

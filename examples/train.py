@@ -121,7 +121,6 @@ def train(
 def main(argv: Sequence[str]) -> None:
   """Runs the program."""
   args, dataset = arguments.parse(argv)
-  # Of the start: what is committed meanwhile has no part in it.
   provenance = records.provenance(
     'examples/train.py', argv, args.out / arguments.STARTED_WITH
   )

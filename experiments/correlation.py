@@ -401,7 +401,6 @@ def main(argv: Sequence[str]) -> None:
   add('--out', type=Path, default=Path('out/correlation'), help='for results')
   args = parser.parse_args(argv)
   check_out(parser, args.out)
-  # Of the start: what is committed meanwhile has no part in it.
   provenance = records.provenance(
     'experiments/correlation.py', argv, args.out / CONFIG
   )

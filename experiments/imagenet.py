@@ -262,7 +262,6 @@ def seed_of_epoch(seed: int, epoch: int) -> int:
 def main(argv: Sequence[str]) -> None:
   """Runs the program."""
   args, images = parse(argv)
-  # Of the start: what is committed meanwhile has no part in it.
   provenance = records.provenance(
     'experiments/imagenet.py', argv, args.out / arguments.STARTED_WITH
   )

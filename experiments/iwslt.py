@@ -275,7 +275,6 @@ def table(results: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str]) -> None:
   """Runs the program."""
   args, data = parse(argv)
-  # Of the start: what is committed meanwhile has no part in it.
   provenance = records.provenance(
     'experiments/iwslt.py', argv, args.out / arguments.STARTED_WITH
   )

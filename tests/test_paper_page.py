@@ -3,7 +3,9 @@
 import json
 import pathlib
 import re
+import subprocess
 
+import numpy as np
 import pytest
 
 import arguments
@@ -14,6 +16,7 @@ import iwslt
 import paper_runs
 import paper_tables
 import records
+import reporting
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
 PAGE = (EXPERIMENTS / 'README.md').read_text()
@@ -21,6 +24,7 @@ RUNS = paper_tables.load()
 CORRELATION = json.loads(
   (EXPERIMENTS / 'correlation' / 'results.json').read_text()
 )
+HOURS = f'{sum(run["wall_time_s"] for run in RUNS.values()) / 3600:.1f}'
 
 
 @pytest.mark.parametrize('name', RUNS)
@@ -51,27 +55,41 @@ def test_run(name, tmp_path):
     assert len(measured['test_accuracy']['per_seed']) == len(args.seeds)
 
 
-def test_classification():
-  """All of the table is on the page."""
-  assert f'\n{paper_tables.classification(RUNS)}\n' in PAGE
+def test_all_is_recorded():
+  """Every run that the program has, and no other."""
+  assert set(RUNS) == set(comparisons.RUNS)
+
+
+@pytest.mark.parametrize('table', paper_tables.tables(RUNS))
+def test_table(table):
+  """All of it is on the page."""
+  assert f'\n{table}\n' in PAGE
+
+
+@pytest.mark.parametrize(
+  'file', ['comparisons/noise.png', 'correlation/correlation.png']
+)
+def test_figure(file):
+  """It is there, and on the page."""
+  assert f']({file})' in PAGE
+  assert (EXPERIMENTS / file).exists()
 
 
 def test_correlation():
-  """Its networks are as many as the page says; the table and figure are there.
+  """Its networks are as many as the page says; the table is there.
 
   It comes from the settings that the program has now.
   """
   assert re.fullmatch('[0-9a-f]{40}', CORRELATION['commit'])
   assert CORRELATION['config'] == correlation.make_config()
   assert f'\n{correlation.table(CORRELATION)}\n' in PAGE
+  assert f'\n{correlation.difference_table(CORRELATION)}\n' in PAGE
   losses = CORRELATION['train_loss']
   assert len(losses) >= 100
   assert f'\n{len(losses)} networks' in PAGE
   assert max(losses) <= correlation.TARGET
   text = ' '.join(PAGE.split())
   assert f'between {min(losses):.3f} and {max(losses):.3f}' in text
-  assert '](correlation/correlation.png)' in PAGE
-  assert (EXPERIMENTS / 'correlation' / 'correlation.png').exists()
 
 
 @pytest.mark.parametrize(
@@ -83,6 +101,180 @@ def test_published(program, rows):
   for i, row in enumerate(rows):
     cells = ' | '.join(f'{scores[i]:.2f}' for scores in program.PAPER.values())
     assert f'\n| {row} | {cells} |\n' in PAGE
+
+
+def mean(run, method):
+  """The accuracy of a method in a run, in percent as on the page."""
+  accuracy = RUNS[run]['optimizers'][method]['test_accuracy']['mean']
+  return f'{100 * accuracy:.2f}'
+
+
+def span(model):
+  """The lowest and the highest accuracy without wrong labels."""
+  means = [
+    mean(f'{model}-{run}', method)
+    for run, method in paper_tables.CLASSIFICATION.values()
+    if f'{model}-{run}' in RUNS
+  ]
+  return f'{min(means)} to {max(means)} %'
+
+
+def numbers(pairs):
+  """Accuracies of runs and methods."""
+  return [mean(run, method) for run, method in pairs]
+
+
+@pytest.mark.parametrize(
+  ('sentence', 'parts'),
+  [
+    (
+      'on the MLP around {} and on the CNN around {}',
+      [span('mlp'), span('cnn')],
+    ),
+    (
+      'beyond the intervals at 60 % by {} against {}, and behind at 80 %, by'
+      ' {} against {}',
+      numbers(
+        (f'mlp-noise-{percent}', method)
+        for percent in (60, 80)
+        for method in ('asam', 'sam')
+      ),
+    ),
+    (
+      'it ends with {:.0f} % of the labels for training as they were given, SAM'
+      ' with {:.0f} % and ASAM with {:.0f} %.',
+      [
+        100
+        * RUNS['cnn-noise-60']['optimizers'][method]['train_accuracy']['mean']
+        for method in paper_tables.METHODS
+      ],
+    ),
+    (
+      'the paper has {2:.2f} against {1:.2f}, and ASAM behind',
+      paper_tables.NOISE[80],
+    ),
+    (
+      'ASAM has {} with groups of 8, {} with 32 and {} with the whole batch,'
+      ' SGD {},',
+      numbers(
+        [
+          *((f'mlp-{run}', 'asam') for run in ('m-8', 'm-32', 'all')),
+          ('mlp-all', 'sgd'),
+        ]
+      ),
+    ),
+    (
+      'SAM has {}, {} and {}.',
+      numbers((f'mlp-{run}', 'sam') for run in ('m-8', 'm-32', 'all')),
+    ),
+    (
+      '{} with the normalization layers alone, {} with all, {} with all others',
+      numbers(
+        (f'cnn-bn-{run}', 'asam')
+        for run in ('perturb-normalization', 'all', 'perturb-others')
+      ),
+    ),
+    (
+      'The {} runs took {} hours of one core',
+      [len(RUNS), HOURS],
+    ),
+    ('a cosine over {} epochs', [comparisons.EPOCHS]),
+    (
+      'each trained until its training loss is at most {}',
+      [correlation.TARGET],
+    ),
+  ],
+)
+def test_sentence(sentence, parts):
+  """It has the numbers of the results."""
+  assert sentence.format(*parts) in ' '.join(PAGE.split())
+
+
+def interval(run, method):
+  """The lower and the upper end of an accuracy's interval."""
+  per_seed = RUNS[run]['optimizers'][method]['test_accuracy']['per_seed']
+  center, half = reporting.t_interval(per_seed)
+  return center - half, center + half
+
+
+@pytest.mark.parametrize(
+  'shown',
+  [
+    *(
+      [
+        (f'{model}-{run}', method)
+        for run, method in paper_tables.CLASSIFICATION.values()
+        if f'{model}-{run}' in RUNS
+      ]
+      for model in ('mlp', 'cnn')
+    ),
+    *(
+      [(f'{model}-noise-{percent}', method) for method in ('sam', 'asam')]
+      for model, percents in (('mlp', (20, 40)), ('cnn', (20, 40, 60, 80)))
+      for percent in percents
+    ),
+    [
+      ('mlp-all', 'sgd'),
+      *(
+        (f'mlp-{run}', method)
+        for run in paper_tables.M_SHARPNESS.values()
+        for method in ('sam', 'asam')
+      ),
+    ],
+  ],
+)
+def test_within_intervals(shown):
+  """Where the page says that intervals overlap, they do."""
+  lows, highs = zip(*(interval(*each) for each in shown), strict=True)
+  assert max(lows) <= min(highs)
+
+
+@pytest.mark.parametrize(
+  ('better', 'worse'),
+  [
+    (('mlp-noise-60', 'asam'), ('mlp-noise-60', 'sam')),
+    (('mlp-noise-80', 'sam'), ('mlp-noise-80', 'asam')),
+    (('mlp-noise-80', 'asam'), ('mlp-noise-80', 'sgd')),
+    (('cnn-bn-perturb-normalization', 'asam'), ('cnn-bn-all', 'asam')),
+  ],
+)
+def test_beyond_intervals(better, worse):
+  """Where the page says that one is ahead, or behind, beyond the intervals."""
+  assert interval(*better)[0] > interval(*worse)[1]
+
+
+@pytest.mark.parametrize('model', ['mlp', 'cnn'])
+@pytest.mark.parametrize('method', ['sam', 'asam'])
+def test_gain_grows_with_wrong_labels(model, method):
+  """The mean exceeds SGD's the more, the more labels are wrong."""
+  means = [
+    [
+      RUNS[f'{model}-{run}']['optimizers'][name]['test_accuracy']['mean']
+      for run in paper_tables.NOISE_RUNS.values()
+    ]
+    for name in ('sgd', method)
+  ]
+  gains = np.subtract(means[1], means[0])
+  assert (np.diff(gains) > 0).all()
+
+
+def test_commands(tmp_path):
+  """The shell runs all of them; those of train.py have options that it has."""
+  blocks = re.findall(r'```sh\n(.*?)```', PAGE, re.DOTALL)
+  stubs = 'pip() { :; }; python() { printf "%s\\n" "$*"; }\n'
+  script = stubs + '\n'.join(blocks)
+  output = subprocess.run(
+    ['bash', '-euc', script], capture_output=True, text=True, check=True
+  ).stdout
+  programs = set()
+  for i, line in enumerate(output.splitlines()):
+    program, *options = line.split()
+    programs.add(program)
+    assert (EXPERIMENTS.parent / program).exists()
+    if program == 'examples/train.py':
+      args = paper_runs.parse(*options, f'--out={tmp_path / str(i)}')
+      assert args.optimizer
+  assert 'examples/train.py' in programs
 
 
 # Numbers in sentences that are no results: settings.
@@ -100,4 +292,4 @@ def test_prose():
   prose = re.sub(r'^\|.*$', '', page, flags=re.MULTILINE)
   find = lambda text: set(re.findall(r'\d+\.\d+', text))
   losses = {f'{loss:.3f}' for loss in CORRELATION['train_loss']}
-  assert find(prose) <= find(tables) | losses | SETTINGS
+  assert find(prose) <= find(tables) | losses | SETTINGS | {HOURS}

@@ -270,3 +270,22 @@ def test_page():
       f'({", ".join(f"{x:.3f}" for x in here)})',
     )
     assert f'| {" | ".join(cells)} |' in page
+  text = ' '.join(page.split())
+  settings = results['trajectories']['settings']
+  assert f'rate {settings["learning_rate"]}, rho = {settings["rho"]}' in text
+  # From the first start, the 11th step of ASAM crosses the valley.
+  paths = {
+    name: np.array(paths[0])
+    for name, paths in results['trajectories']['paths'].items()
+  }
+  crossing = paths['asam'][10:12]
+  before, after = np.prod(crossing, axis=1)
+  assert before < 0.04 < after
+  middle = ', '.join(f'{x:.3f}' for x in crossing.mean(axis=0))
+  asam, sam = (
+    np.linalg.norm(paths[name][-1] - paths[name][step])
+    for name, step in (('asam', 11), ('sam', 12))
+  )
+  assert f'in its 11th step, around ({middle}), and' in text
+  assert f'its end is {asam:.3f} from its place after step 11' in text
+  assert f'SAM {sam:.3f} from its place after step 12' in text
