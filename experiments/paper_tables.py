@@ -151,7 +151,10 @@ def published() -> list[str]:
         for method in METHODS
       ],
       [
-        [model, *(f'{accuracy:.2f}' for each in accuracies for accuracy in each)]
+        [
+          model,
+          *(f'{accuracy:.2f}' for each in accuracies for accuracy in each),
+        ]
         for model, accuracies in PUBLISHED_CIFAR.items()
       ],
     ),
