@@ -24,7 +24,6 @@ RUNS = paper_tables.load()
 CORRELATION = json.loads(
   (EXPERIMENTS / 'correlation' / 'results.json').read_text()
 )
-HOURS = f'{sum(run["wall_time_s"] for run in RUNS.values()) / 3600:.1f}'
 
 
 @pytest.mark.parametrize('name', RUNS)
@@ -88,8 +87,27 @@ def test_correlation():
   assert len(losses) >= 100
   assert f'\n{len(losses)} networks' in PAGE
   assert max(losses) <= correlation.TARGET
-  text = ' '.join(PAGE.split())
-  assert f'between {min(losses):.3f} and {max(losses):.3f}' in text
+
+
+def test_correlation_intervals():
+  """Those that include zero are the ones of which the page says so."""
+  around_zero = lambda found: found['low'] <= 0 <= found['high']
+  for each in CORRELATION['differences']:
+    assert around_zero(each['overall'])
+  behind = [
+    (each['case'], each['p'], f'{-each["mean_over_settings"]["tau"]:.2f}')
+    for each in CORRELATION['differences']
+    if not around_zero(each['mean_over_settings'])
+  ]
+  assert behind == [('worst', '2', '0.10'), ('worst', '2', '0.17')]
+  assert 'by 0.10 at the smallest rho and 0.17 at the middle' in PAGE
+  for (name, case, ord), radii in correlation.RADII.items():
+    measure = correlation.measure_name(name, case, ord, radii[1])
+    by_setting = CORRELATION['correlations'][measure]['by_setting']
+    assert around_zero(by_setting['weight_decay'])
+    assert by_setting['dropout']['low'] > 0
+    that_one = (name, case, ord) == ('adaptive sharpness', 'worst', 2)
+    assert (by_setting['batch_size']['low'] > 0) != that_one
 
 
 @pytest.mark.parametrize(
@@ -124,67 +142,86 @@ def numbers(pairs):
   return [mean(run, method) for run, method in pairs]
 
 
-@pytest.mark.parametrize(
-  ('sentence', 'parts'),
-  [
-    (
-      'on the MLP around {} and on the CNN around {}',
-      [span('mlp'), span('cnn')],
+def spread(values):
+  """The smallest and the largest."""
+  return [min(values), max(values)]
+
+
+# What the page says, with the numbers of the results.
+SENTENCES = [
+  (
+    'on the MLP around {} and on the CNN around {}',
+    [span('mlp'), span('cnn')],
+  ),
+  (
+    'beyond the intervals at 60 % by {} against {}, and behind at 80 %, by'
+    ' {} against {}',
+    numbers(
+      (f'mlp-noise-{percent}', method)
+      for percent in (60, 80)
+      for method in ('asam', 'sam')
     ),
-    (
-      'beyond the intervals at 60 % by {} against {}, and behind at 80 %, by'
-      ' {} against {}',
-      numbers(
-        (f'mlp-noise-{percent}', method)
-        for percent in (60, 80)
-        for method in ('asam', 'sam')
-      ),
-    ),
-    (
-      'it ends with {:.0f} % of the labels for training as they were given, SAM'
-      ' with {:.0f} % and ASAM with {:.0f} %.',
+  ),
+  (
+    'it ends with {:.0f} % of the labels for training as they were given, SAM'
+    ' with {:.0f} % and ASAM with {:.0f} %.',
+    [
+      100 * RUNS['cnn-noise-60']['optimizers'][method]['train_accuracy']['mean']
+      for method in paper_tables.METHODS
+    ],
+  ),
+  (
+    'the paper has {2:.2f} against {1:.2f}, and ASAM behind',
+    paper_tables.NOISE[80],
+  ),
+  (
+    'ASAM has {} with groups of 8, {} with 32 and {} with the whole batch,'
+    ' SGD {},',
+    numbers(
       [
-        100
-        * RUNS['cnn-noise-60']['optimizers'][method]['train_accuracy']['mean']
-        for method in paper_tables.METHODS
-      ],
+        *((f'mlp-{run}', 'asam') for run in ('m-8', 'm-32', 'all')),
+        ('mlp-all', 'sgd'),
+      ]
     ),
-    (
-      'the paper has {2:.2f} against {1:.2f}, and ASAM behind',
-      paper_tables.NOISE[80],
+  ),
+  (
+    'SAM has {}, {} and {}.',
+    numbers((f'mlp-{run}', 'sam') for run in ('m-8', 'm-32', 'all')),
+  ),
+  (
+    '{} with the normalization layers alone, {} with all, {} with all others',
+    numbers(
+      (f'cnn-bn-{run}', 'asam')
+      for run in ('perturb-normalization', 'all', 'perturb-others')
     ),
-    (
-      'ASAM has {} with groups of 8, {} with 32 and {} with the whole batch,'
-      ' SGD {},',
-      numbers(
-        [
-          *((f'mlp-{run}', 'asam') for run in ('m-8', 'm-32', 'all')),
-          ('mlp-all', 'sgd'),
-        ]
-      ),
+  ),
+  (
+    'The {} runs took {:.1f} hours of one core',
+    [len(RUNS), sum(run['wall_time_s'] for run in RUNS.values()) / 3600],
+  ),
+  ('a cosine over {} epochs', [comparisons.EPOCHS]),
+  (
+    'each trained until its training loss is at most {}',
+    [correlation.TARGET],
+  ),
+  ('it is then between {:.3f} and {:.3f}', spread(CORRELATION['train_loss'])),
+  (
+    'The gap differs little, from {:.1f} to {:.1f} %',
+    spread(100 * correlation.gap_of(CORRELATION['measured'])),
+  ),
+  (
+    'the training loss as well, with a tau from {:.2f} to {:.2f}',
+    spread(
+      [
+        each['with_train_loss']['tau']
+        for each in CORRELATION['correlations'].values()
+      ]
     ),
-    (
-      'SAM has {}, {} and {}.',
-      numbers((f'mlp-{run}', 'sam') for run in ('m-8', 'm-32', 'all')),
-    ),
-    (
-      '{} with the normalization layers alone, {} with all, {} with all others',
-      numbers(
-        (f'cnn-bn-{run}', 'asam')
-        for run in ('perturb-normalization', 'all', 'perturb-others')
-      ),
-    ),
-    (
-      'The {} runs took {} hours of one core',
-      [len(RUNS), HOURS],
-    ),
-    ('a cosine over {} epochs', [comparisons.EPOCHS]),
-    (
-      'each trained until its training loss is at most {}',
-      [correlation.TARGET],
-    ),
-  ],
-)
+  ),
+]
+
+
+@pytest.mark.parametrize(('sentence', 'parts'), SENTENCES)
 def test_sentence(sentence, parts):
   """It has the numbers of the results."""
   assert sentence.format(*parts) in ' '.join(PAGE.split())
@@ -282,7 +319,7 @@ SETTINGS = {'0.02', '0.03', '0.1', '0.2', '0.9'}
 
 
 def test_prose():
-  """Each number with a decimal point in a sentence is one of a table."""
+  """Each number with a decimal point is of a table or a checked sentence."""
   _, title, page = PAGE.partition('## Sharpness against generalization')
   assert title
   page = re.sub(
@@ -291,5 +328,5 @@ def test_prose():
   tables = ' '.join(re.findall(r'^\|.*$', page, re.MULTILINE))
   prose = re.sub(r'^\|.*$', '', page, flags=re.MULTILINE)
   find = lambda text: set(re.findall(r'\d+\.\d+', text))
-  losses = {f'{loss:.3f}' for loss in CORRELATION['train_loss']}
-  assert find(prose) <= find(tables) | losses | SETTINGS | {HOURS}
+  checked = ' '.join(sentence.format(*parts) for sentence, parts in SENTENCES)
+  assert find(prose) <= find(tables) | find(checked) | SETTINGS
