@@ -1,6 +1,7 @@
 """Adaptive Sharpness-Aware Minimization as an Optax transformation."""
 
 from optax_asam import ascent
+from optax_asam import descent
 from optax_asam import normalization
 from optax_asam import sharpness
 from optax_asam.alias import asam
@@ -16,6 +17,7 @@ __all__ = (
   'SharpnessAwareState',
   'asam',
   'ascent',
+  'descent',
   'grad',
   'normalization',
   'sam',

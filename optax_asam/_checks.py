@@ -1,4 +1,8 @@
-"""Checks of what a factory is given; the error says what to write instead."""
+"""Every check of an argument, a tree or a result, with its message.
+
+A message names the argument, says what is needed and what was given, and ends
+with what to write instead.
+"""
 
 from collections.abc import Callable
 import functools
@@ -7,7 +11,9 @@ from typing import Any
 from typing import ParamSpec
 from typing import TypeVar
 
+import chex
 import jax
+from jax import core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -20,8 +26,12 @@ Integer = int | np.integer
 
 _STATIC_ARGS = (
   "static_args=('base_tx', 'adaptive', 'ord', 'mask', 'ascent_steps', "
-  "'every_k', 'descent', 'perturbed_dtype')"
+  "'every_k', 'when', 'descent', 'perturbed_dtype')"
 )
+_MASK_EXAMPLE = 'For example: mask=jax.tree.map(lambda x: x.ndim > 1, params).'
+
+
+# What a value is.
 
 
 def is_array(value: Any) -> bool:
@@ -29,46 +39,110 @@ def is_array(value: Any) -> bool:
   return isinstance(value, (jax.Array, np.ndarray))
 
 
+def dtype_of(value: Any) -> Any:
+  """The dtype of an array or a Python number."""
+  dtype = getattr(value, 'dtype', None)
+  return jnp.result_type(value) if dtype is None else dtype
+
+
+def is_float_array(value: Any) -> bool:
+  """Whether ``value`` is a floating array or a Python float."""
+  if isinstance(value, type):
+    return False
+  dtype = getattr(value, 'dtype', type(value))
+  return dtype is float or (
+    dtype is not type(value) and jnp.issubdtype(dtype, jnp.floating)
+  )
+
+
+def describe(tree: Any) -> str:
+  """What ``tree`` is, in the words of an error message."""
+  if isinstance(tree, tuple):
+    return f'a tuple of length {len(tree)}'
+  if is_array(tree):
+    return f'an array of shape {tree.shape} and dtype {tree.dtype}'
+  name = type(tree).__name__
+  return f'an {name}' if name[0] in 'aeiou' else f'a {name}'
+
+
+def path_name(path: Any) -> str:
+  """A key path as it appears in a message."""
+  return f'params{jax.tree_util.keystr(path)}'
+
+
+def names(path: Any) -> tuple[Any, ...]:
+  """The names and indices on a key path, without attributes that wrap arrays.
+
+  A Flax NNX variable holds its array in ``value`` or ``raw_value``.
+  """
+  keys = (
+    getattr(entry, 'key', getattr(entry, 'name', getattr(entry, 'idx', None)))
+    for entry in path
+  )
+  return tuple(key for key in keys if key not in ('value', 'raw_value'))
+
+
+# Arguments of factories.
+
+
 def check_static(name: str, value: Any) -> None:
   """Raises if ``value``, which shapes the program, is an array."""
   if is_array(value):
     raise TypeError(
-      f'{name} must be known before tracing, but got the array {value}.'
-      f' Under optax.inject_hyperparams, name it in static_args:'
-      f' optax.inject_hyperparams(asam, {_STATIC_ARGS});'
-      f" for sam without 'adaptive'."
+      f'{name} must be known before tracing, but got the array {value}. Under'
+      f' optax.inject_hyperparams, name it in static_args:'
+      f' optax.inject_hyperparams(asam, {_STATIC_ARGS}); without'
+      f" 'adaptive' for sam."
     )
 
 
 def check_scale(name: str, value: Any, example: str) -> None:
-  """Raises unless ``value`` is a scalar, finite and >= 0 where that shows."""
-  write = f'Write for example {name}={example}.'
-  if isinstance(value, np.ndarray) and not value.ndim:
-    value = value.item()
-  if is_array(value):
-    real = jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(
+  """Raises unless ``value`` is a real scalar, finite and >= 0 if concrete."""
+  write = f'For example: {name}={example}.'
+  if hasattr(value, 'dtype'):  # Scalars of NumPy and ml_dtypes, too.
+    is_real = jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(
       value.dtype, jnp.integer
     )
-    if value.ndim or not real:
+    if value.shape or not is_real:
       raise TypeError(
-        f'{name} must be one real number, but got an array of shape'
+        f'{name} must be a real number, but got an array of shape'
         f' {value.shape} and dtype {value.dtype}. {write}'
       )
-    return
-  if isinstance(value, bool) or not isinstance(value, Number):
-    raise TypeError(
-      f'{name} must be one real number, but got {value!r}. {write}'
-    )
-  if not (math.isfinite(value) and value >= 0):
+    if isinstance(value, core.Tracer) or (
+      isinstance(value, jax.Array) and not value.is_fully_addressable
+    ):
+      return
+  elif isinstance(value, bool) or not isinstance(value, Number):
+    raise TypeError(f'{name} must be a real number, but got {value!r}. {write}')
+  if not (math.isfinite(float(value)) and float(value) >= 0):
     raise ValueError(
-      f'{name} must be finite and >= 0, but got {value!r}. {write}'
+      f'{name} must be finite and >= 0, but got {value}. {write}'
+    )
+
+
+def check_below_one(name: str, value: Any, example: str) -> None:
+  """Raises if the scalar ``value`` is concrete and not below 1."""
+  if not isinstance(value, core.Tracer) and not float(value) < 1:
+    raise ValueError(
+      f'{name} must be in [0, 1), but got {value!r}.'
+      f' For example: {name}={example}.'
+    )
+
+
+def check_no_schedule(rho: Any) -> None:
+  """Raises if ``rho`` is a schedule, which needs a count of updates."""
+  if callable(rho):
+    raise TypeError(
+      f'rho must be a number or a traced scalar here, but got the function'
+      f' {rho!r}: no updates are counted for a schedule. For example: rho=0.5,'
+      f' rho=schedule(step), or asam(base_tx, rho=schedule).'
     )
 
 
 def check_ord(value: Any) -> None:
   """Raises unless ``value`` is the exponent of a norm, in (1, inf]."""
   check_static('ord', value)
-  write = 'Write for example ord=2, ord=3 or ord=jnp.inf.'
+  write = 'For example: ord=2, ord=3 or ord=jnp.inf.'
   if isinstance(value, bool) or not isinstance(value, Number):
     raise TypeError(
       f'ord must be a number in (1, inf], but got {value!r}. {write}'
@@ -80,7 +154,7 @@ def check_ord(value: Any) -> None:
 def check_count(name: str, value: Any) -> None:
   """Raises unless ``value`` is an integer >= 1."""
   check_static(name, value)
-  write = f'Write for example {name}=1.'
+  write = f'For example: {name}=1.'
   if isinstance(value, bool) or not isinstance(value, Integer):
     raise TypeError(f'{name} must be an int >= 1, but got {value!r}. {write}')
   if value < 1:
@@ -92,14 +166,35 @@ def check_transformation(name: str, value: Any, write: str) -> None:
   if isinstance(value, optax.GradientTransformation):
     return
   got = f'{value!r}'
-  if isinstance(value, type) or callable(value):
-    got = (
-      f'the function {getattr(value, "__name__", got)}, which was not called'
-    )
+  if callable(value):
+    name_ = getattr(value, '__name__', got)
+    got = f'the function {name_}, which was not called'
   raise TypeError(
     f'{name} must be an optax.GradientTransformation, but got {got}.'
-    f' Write for example {write}.'
+    f' For example: {write}.'
   )
+
+
+def checks_base_tx(factory: Callable[P, R]) -> Callable[P, R]:
+  """Adds a helpful error for a missing or wrong ``base_tx``.
+
+  Python's own error for ``factory(rho=0.5)`` does not say what to write.
+  """
+
+  @functools.wraps(factory)
+  def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+    write = f'{factory.__name__}(optax.sgd(0.1))'
+    if not args and 'base_tx' not in kwargs:
+      raise TypeError(
+        f'base_tx, the optimizer to wrap, must be given, but got none.'
+        f' For example: {write}.'
+      )
+    check_transformation(
+      'base_tx', args[0] if args else kwargs['base_tx'], write
+    )
+    return factory(*args, **kwargs)
+
+  return checked
 
 
 def check_function(name: str, value: Any, write: str) -> None:
@@ -107,9 +202,49 @@ def check_function(name: str, value: Any, write: str) -> None:
   check_static(name, value)
   if not callable(value):
     raise TypeError(
-      f'{name} must be a function, but got {value!r}. Write for example'
-      f' {write}.'
+      f'{name} must be a function, but got {value!r}. For example: {write}.'
     )
+
+
+def check_normalization(
+  name: str, value: Any, factories: tuple[Callable[..., Any], ...]
+) -> None:
+  """Raises unless ``value`` may be a function from params to T_w."""
+  check_static(name, value)
+  allowed = (
+    'True, False or a normalization'
+    if name == 'adaptive'
+    else 'a function from params to T_w'
+  )
+  write = f'For example: {name}=normalization.filterwise(0.01).'
+  if not callable(value):
+    raise TypeError(f'{name} must be {allowed}, but got {value!r}. {write}')
+  if value in factories:
+    raise TypeError(
+      f'{name} must be {allowed}, but got the factory {value.__name__}, which'
+      f' was not called. Write {name}=normalization.{value.__name__}().'
+    )
+
+
+def check_argnums(argnums: Any, num_args: int | None = None) -> None:
+  """Raises unless ``argnums`` are indices of positional arguments."""
+  is_sequence = isinstance(argnums, (tuple, list))
+  numbers = argnums if is_sequence else (argnums,)
+  for number in numbers:
+    if isinstance(number, bool) or not isinstance(number, Integer):
+      hint = ''
+      if isinstance(number, float):
+        hint = f' rho is a keyword: rho={number}.'
+      raise TypeError(
+        f'argnums must be an int or a sequence of ints, but got {argnums!r}.'
+        f'{hint} For example: argnums=0.'
+      )
+    if num_args is not None and not -num_args <= number < num_args:
+      raise TypeError(
+        f'argnums must index positional arguments, but got {argnums!r} for'
+        f' {num_args} of them. Pass differentiated arguments by position.'
+        f' For example: argnums=0.'
+      )
 
 
 def check_perturbed_dtype(value: Any) -> None:
@@ -117,7 +252,7 @@ def check_perturbed_dtype(value: Any) -> None:
   check_static('perturbed_dtype', value)
   if value is None:
     return
-  write = 'Write for example perturbed_dtype=jnp.float32.'
+  write = 'For example: perturbed_dtype=jnp.float32.'
   try:
     dtype = jnp.dtype(value)
   except TypeError as error:
@@ -130,23 +265,306 @@ def check_perturbed_dtype(value: Any) -> None:
     )
 
 
-def checks_base_tx(factory: Callable[P, R]) -> Callable[P, R]:
-  """Makes a ``base_tx`` that is missing or wrong an error that helps.
+# Arguments of the measures of sharpness.
 
-  Python's own, for ``factory(rho=0.5)``, would not say what to write.
-  """
 
-  @functools.wraps(factory)
-  def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-    write = f'{factory.__name__}(optax.sgd(0.1))'
-    if not args and 'base_tx' not in kwargs:
-      raise TypeError(
-        f'base_tx, the optimizer to wrap, must be given, but got none. Write'
-        f' for example {write}.'
-      )
-    check_transformation(
-      'base_tx', args[0] if args else kwargs['base_tx'], write
+def check_ord_of_projection(ord: Any) -> None:
+  """Raises unless there is a projection onto the ball of the p-norm."""
+  check_ord(ord)
+  if ord not in (2, math.inf):
+    raise ValueError(
+      f'ord must be 2 or inf, for which there is a projection, but got {ord!r}.'
+      f' For example: ord=jnp.inf.'
     )
-    return factory(*args, **kwargs)
 
-  return checked
+
+def check_key(key: Any) -> None:
+  """Raises unless ``key`` is a random key, typed or raw."""
+  if is_array(key) and (
+    jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32
+  ):
+    return
+  raise TypeError(
+    f'key must be a random key, but got {key!r}. For example:'
+    f' key=jax.random.key(0).'
+  )
+
+
+def check_batches(batches: Any) -> int:
+  """The number of ``batches``, if all leaves agree on it; else raises."""
+  shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batches)]
+  sizes = {shape[:1] for shape in shapes}
+  if len(sizes) != 1 or not min(sizes) or not min(sizes)[0]:
+    raise ValueError(
+      f'batches must have a leading axis of batches, of one size in all leaves,'
+      f' but got shapes {shapes}. For example: batches=jax.tree.map(lambda x:'
+      f' x.reshape(-1, 128, *x.shape[1:]), data).'
+    )
+  return shapes[0][0]
+
+
+# Masks.
+
+
+def check_bools(mask: Any) -> None:
+  """Raises unless every leaf of ``mask`` is a bool."""
+  for path, leaf in jax.tree.leaves_with_path(mask):
+    if not isinstance(leaf, (bool, np.bool_)):
+      got, hint = repr(leaf), ''
+      if is_array(leaf):
+        got = describe(leaf)
+        hint = ' Under optax.inject_hyperparams, name mask in static_args.'
+      raise TypeError(
+        f'mask must be a pytree of Python bools, but at'
+        f' mask{jax.tree_util.keystr(path)} got {got}. {_MASK_EXAMPLE}{hint}'
+      )
+
+
+def misfit_of_mask(mask: Any, params: optax.Params) -> ValueError:
+  """The error for a mask that does not fit ``params``."""
+  return ValueError(
+    f'mask must have the structure of params or a prefix of it, but got'
+    f' {jax.tree.structure(mask)} for {jax.tree.structure(params)}.'
+    f' {_MASK_EXAMPLE}'
+  )
+
+
+def check_selects_something(mask: Any) -> None:
+  """Raises if ``mask`` is a tree of bools that are all False."""
+  leaves = jax.tree.leaves(mask)
+  if leaves and all(
+    isinstance(leaf, (bool, np.bool_)) and not leaf for leaf in leaves
+  ):
+    raise ValueError(
+      f'mask selects nothing: {mask!r} is False everywhere. Use mask=None to'
+      f' select all leaves, or omit the transformation.'
+    )
+
+
+# Trees.
+
+
+def check_params(params: optax.Params) -> None:
+  """Raises unless every leaf of ``params`` is a floating array."""
+
+  def is_masked(node):
+    return isinstance(node, optax.MaskedNode)
+
+  for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_masked):
+    if is_float_array(leaf):
+      continue
+    name = path_name(path)
+    if is_masked(leaf):
+      raise ValueError(
+        f'{name} is an optax.MaskedNode: optax.masked or optax.partition'
+        f' around this transformation hides parameters that the gradient'
+        f' function needs. Put it inside: asam(optax.partition(...),'
+        f' mask=trainable) or asam(optax.masked(...)).'
+      )
+    if not hasattr(leaf, 'dtype'):
+      raise TypeError(
+        f'{name} must be a floating array, but got {leaf!r}. Pass only the'
+        f' arrays: params, static = equinox.partition(model,'
+        f' equinox.is_inexact_array), with equinox.combine(params, static) in'
+        f' the loss, or graphdef, params, rest = nnx.split(model, nnx.Param,'
+        f' ...), with nnx.merge(graphdef, params, rest).'
+      )
+    raise TypeError(
+      f'{name} must be a floating array, but got dtype {leaf.dtype}. Pass'
+      f' only the parameters that are trained by gradients, and a complex one'
+      f' as two real arrays.'
+    )
+
+
+def checked_params(
+  params: optax.Params | None, updates: optax.Updates
+) -> optax.Params:
+  """``params``, if ``updates`` may be the gradient at them; else raises."""
+  params = given(params)
+  check_params(params)
+  check_like('grads', updates, params, write='Pass the gradient at params.')
+  return params
+
+
+def given(params: optax.Params | None) -> optax.Params:
+  """``params``; raises if ``update`` was called without them."""
+  if params is None:
+    raise ValueError(
+      'params must be given, but got None: the perturbation depends on them.'
+      ' Write tx.update(grads, state, params, grad_fn=grad_fn).'
+    )
+  return params
+
+
+def check_like(
+  name: str, tree: Any, params: optax.Params, *, write: str
+) -> None:
+  """Raises unless ``tree`` has the structure and shapes of ``params``.
+
+  Args:
+    name: What ``tree`` is, for the message.
+    tree: The tree, whose leaves must be floating arrays.
+    params: The tree that it should be like.
+    write: What to write instead, for the message.
+  """
+  if jax.tree.structure(tree) != jax.tree.structure(params):
+    raise ValueError(
+      f'{name} must have the structure of params, but'
+      f' {_first_difference(tree, params)}. {write}'
+    )
+  leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(params), strict=True)
+  for i, (got, want) in enumerate(leaves):
+    if jnp.shape(got) == jnp.shape(want) and is_float_array(got):
+      continue
+    path, _ = jax.tree.leaves_with_path(params)[i]
+    if jnp.shape(got) != jnp.shape(want):
+      raise ValueError(
+        f'{name} must have the shapes of params, but at {path_name(path)} got'
+        f' {jnp.shape(got)} instead of {jnp.shape(want)}. {write}'
+      )
+    raise TypeError(
+      f'{name} must have floating leaves, but at {path_name(path)} got'
+      f' {dtype_of(got)} for {dtype_of(want)}. {write}'
+    )
+
+
+def _first_difference(tree: Any, params: optax.Params) -> str:
+  """The first place at which the structures differ, in words."""
+  got = {path_name(path) for path, _ in jax.tree.leaves_with_path(tree)}
+  want = [path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+  missing = [name for name in want if name not in got]
+  extra = sorted(got.difference(want))
+  if missing:
+    what = f'{missing[0]} is missing'
+  elif extra:
+    what = f'{extra[0]} is unexpected'
+  else:
+    what = 'the containers differ'
+  return f'{what} (got {describe(tree)}, for params {describe(params)})'
+
+
+def check_operator(t: Any, params: optax.Params) -> None:
+  """Raises unless ``t`` is a :math:`T_w` for ``params``."""
+  write = 'Return one array or 1 for each parameter, as elementwise() does.'
+  if jax.tree.structure(t) != jax.tree.structure(params):
+    raise ValueError(
+      f'normalization must return a tree like params, but'
+      f' {_first_difference(t, params)}. {write}'
+    )
+  leaves = zip(jax.tree.leaves(t), jax.tree.leaves(params), strict=True)
+  for i, (leaf, w) in enumerate(leaves):
+    is_one = isinstance(leaf, int) and leaf == 1 and leaf is not True
+    if is_one or (is_float_array(leaf) and jnp.shape(leaf) == jnp.shape(w)):
+      continue
+    name = path_name(jax.tree.leaves_with_path(params)[i][0])
+    if not is_float_array(leaf):
+      raise TypeError(
+        f'normalization must return floating arrays or the number 1, but at'
+        f' {name} returned {leaf!r}. {write}'
+      )
+    try:
+      chex.assert_is_broadcastable(jnp.shape(leaf), jnp.shape(w))
+    except AssertionError as error:
+      raise ValueError(
+        f'normalization must return arrays that broadcast to their parameter,'
+        f' but at {name} returned shape {jnp.shape(leaf)} for {jnp.shape(w)}.'
+        f' {write}'
+      ) from error
+
+
+# The functions for the second gradient, and their results.
+
+
+def check_one_function(functions: dict[str, Any]) -> tuple[str, Any]:
+  """The only one of ``functions`` that is not None, with its name."""
+  given = {name: fun for name, fun in functions.items() if fun is not None}
+  if len(given) != 1:
+    got = f'both of {" and ".join(given)}' if given else 'neither'
+    raise ValueError(
+      f'Exactly one of grad_fn and value_fn must be given, but got {got}. Write'
+      f' tx.update(grads, state, params, grad_fn=grad_fn) with grad_fn(params)'
+      f' -> grads, or value_fn=value_fn with value_fn(params) -> scalar. A'
+      f' trainer that passes only gradients, such as'
+      f' TrainState.apply_gradients in Flax, needs optax_asam.value_and_grad'
+      f' with the base optimizer instead.'
+    )
+  ((name, function),) = given.items()
+  if not callable(function):
+    raise TypeError(
+      f'{name} must be a function of params, but got {function!r}.'
+      f' For example: {name}=lambda params: ...'
+    )
+  return name, function
+
+
+def check_grads(grads: Any, params: optax.Params) -> None:
+  """Raises unless ``grads``, from ``grad_fn``, may be the gradient."""
+  write = 'For example: grad_fn=jax.grad(loss_fn).'
+  if isinstance(grads, tuple) and type(grads) is not type(params):
+    write = (
+      'A function made with has_aux=True or by value_and_grad returns a tuple:'
+      ' write grad_fn=lambda p: jax.grad(loss_fn, has_aux=True)(p)[0].'
+    )
+  check_like('the result of grad_fn', grads, params, write=write)
+
+
+def check_scalar(name: str, value: Any) -> None:
+  """Raises unless ``value``, from the function ``name``, is a real scalar."""
+  if not is_float_array(value) or jnp.shape(value):
+    raise TypeError(
+      f'{name} must return a real scalar, but returned {describe(value)}.'
+      f' For example: {name}=lambda p: loss(p).mean(), or loss(p)[0] if it'
+      f' returns auxiliary data, too.'
+    )
+
+
+def check_due(value: Any) -> Any:
+  """``value``, from the function ``when``, if it is a single bool."""
+  if jnp.shape(value) or dtype_of(value) != jnp.bool_:
+    raise TypeError(
+      f'when must return a single bool, but returned {describe(value)}.'
+      f' For example: when=lambda step: step >= 9_000.'
+    )
+  return value
+
+
+def check_varies(
+  params: optax.Params, grads: optax.Updates, axis_name: Any
+) -> None:
+  """Raises if, by their types, a ``pmean`` would not change the gradients.
+
+  Under :func:`jax.shard_map`, the gradient with respect to a replicated
+  parameter is already summed over the axis. The types are the same for a loss
+  that is averaged over the axis, which does not need ``axis_name``.
+  """
+  if not hasattr(jax, 'typeof'):  # pragma: no cover
+    return  # Before JAX 0.6, types do not show it.
+  axes = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
+  # Empty with check_vma=False and under pmap and vmap.
+  varying = frozenset().union(
+    *(_varying_axes(jax.lax.axis_index(axis)) for axis in axes)
+  )
+  if not varying:
+    return
+  leaves = zip(
+    jax.tree.leaves_with_path(params), jax.tree.leaves(grads), strict=True
+  )
+  for (path, w), g in leaves:
+    if fixed := varying - _varying_axes(w) - _varying_axes(g):
+      raise ValueError(
+        f'axis_name={axis_name!r} must name axes over which gradients vary, but'
+        f' that of {path_name(path)} does not over {sorted(fixed)}:'
+        f' jax.shard_map has already summed the gradients of replicated'
+        f' parameters. Pass local parameters to update and to the gradient'
+        f' function: params ='
+        f" jax.lax.pcast(params, {axis_name!r}, to='varying'). If the loss is"
+        f' averaged over the axis, omit axis_name.'
+      )
+
+
+def _varying_axes(x: Any) -> frozenset[Any]:
+  """The mesh axes over which ``x`` varies, by its type."""
+  aval = jax.typeof(x)
+  if hasattr(aval, 'manual_axis_type'):  # JAX 0.10; `vma` before.
+    return aval.manual_axis_type.varying
+  return getattr(aval, 'vma', frozenset())  # pragma: no cover

@@ -1,4 +1,4 @@
-r"""The usual names: sharpness-aware versions of any Optax optimizer."""
+r"""Sharpness-aware versions of any Optax optimizer."""
 
 from collections.abc import Hashable
 from typing import Any
@@ -9,6 +9,7 @@ import optax
 from optax_asam import _checks
 from optax_asam import _trees
 from optax_asam import ascent as _ascent
+from optax_asam import descent as _descent
 from optax_asam import normalization as _normalization
 from optax_asam import transform
 
@@ -24,7 +25,8 @@ def asam(
   mask: _trees.Mask | None = None,
   ascent_steps: int = 1,
   every_k: int = 1,
-  descent: transform.Descent | None = None,
+  when: transform.When | None = None,
+  descent: _descent.Descent | None = None,
   axis_name: Hashable | None = None,
   perturbed_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -35,17 +37,17 @@ def asam(
     T_w = \operatorname{diag}(|w| + \eta), \quad
     u = \mathrm{base\_tx}\big(\nabla L(w + \epsilon)\big)
 
-  It is ``optax.chain(sharpness_aware(...), base_tx)``: the gradient at the
-  perturbed parameters is handed to ``base_tx`` at the unperturbed ones.
+  Equivalent to ``optax.chain(sharpness_aware(...), base_tx)``: the gradient at
+  the perturbed parameters is passed to ``base_tx`` at the unperturbed ones.
   Clipping and weight decay belong inside ``base_tx``.
 
   Args:
     base_tx: The optimizer, such as ``optax.sgd(0.1, momentum=0.9)``.
     rho: The radius :math:`\rho \ge 0` of the perturbation: a number, a traced
-      scalar, or an Optax schedule of the count of updates. The default is for
+      scalar, or an Optax schedule of the number of updates. The default is for
       ``ord=2``; with ``ord=inf`` it would move every weight by half.
-    eta: The constant :math:`\eta \ge 0` of element-wise normalization, used
-      where ``adaptive`` is True.
+    eta: The constant :math:`\eta \ge 0` of element-wise normalization, used if
+      ``adaptive`` is True.
     adaptive: True for element-wise normalization of all but biases, False for
       none (SAM), or a normalization such as ``normalization.filterwise(0.01)``.
     ord: The exponent p of the ball, in (1, inf].
@@ -53,8 +55,11 @@ def asam(
       ``params`` or a prefix of it, a function from ``params`` to one, or None
       for all. The norm is taken over those leaves alone.
     ascent_steps: Number of ascent steps, each of which costs a gradient.
-    every_k: The perturbation is made on updates 0, k, 2k, ...; in between this
-      is ``base_tx``.
+    every_k: The second gradient is taken on updates 0, k, 2k, ...; all other
+      updates are those of ``base_tx``.
+    when: A function from the number of updates so far to a bool that says
+      whether to take the second gradient on this update, as in
+      :func:`sharpness_aware`.
     descent: A function from the clean and the perturbed gradient to the one
       that is descended; by default the perturbed one.
     axis_name: Name of the mapped axis over which gradients are averaged, as in
@@ -70,9 +75,9 @@ def asam(
     state of ``base_tx``.
 
   Raises:
-    TypeError: An argument, or what a function returned, is of the wrong type.
-    ValueError: An argument is out of its range, or ``update`` was not given
-      what it needs.
+    TypeError: An argument or the result of a function has the wrong type.
+    ValueError: An argument is out of its range, or ``update`` lacks ``params``
+      or a function for the second gradient.
 
   Examples:
     >>> import jax
@@ -98,7 +103,7 @@ def asam(
 
   .. note::
     A line search or L-BFGS as ``base_tx`` needs ``value_fn`` in place of
-    ``grad_fn``. It then tests the clean loss along the direction of the
+    ``grad_fn``. It then evaluates the clean loss along the direction of the
     perturbed gradient.
   """
   return optax.chain(
@@ -107,6 +112,7 @@ def asam(
       descent,
       ascent_steps=ascent_steps,
       every_k=every_k,
+      when=when,
       axis_name=axis_name,
       perturbed_dtype=perturbed_dtype,
     ),
@@ -123,7 +129,8 @@ def sam(
   mask: _trees.Mask | None = None,
   ascent_steps: int = 1,
   every_k: int = 1,
-  descent: transform.Descent | None = None,
+  when: transform.When | None = None,
+  descent: _descent.Descent | None = None,
   axis_name: Hashable | None = None,
   perturbed_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -133,28 +140,30 @@ def sam(
     \epsilon = \rho \, \frac{g}{\|g\|_2}, \quad
     u = \mathrm{base\_tx}\big(\nabla L(w + \epsilon)\big)
 
-  It is :func:`asam` with ``adaptive=False``.
+  Equivalent to :func:`asam` with ``adaptive=False``.
 
   Args:
     base_tx: The optimizer, such as ``optax.sgd(0.1, momentum=0.9)``.
     rho: The radius :math:`\rho \ge 0` of the perturbation: a number, a traced
-      scalar, or an Optax schedule of the count of updates.
-    ord: As in :func:`asam`, and so are the arguments that follow.
+      scalar, or an Optax schedule of the number of updates.
+    ord: The exponent p of the ball. This and the following arguments are as in
+      :func:`asam`.
     mask: Which leaves are perturbed.
     ascent_steps: Number of ascent steps.
-    every_k: The perturbation is made on updates 0, k, 2k, ...
+    every_k: The second gradient is taken on updates 0, k, 2k, ...
+    when: Whether to take the second gradient on an update.
     descent: A function from the clean and the perturbed gradient to the one
       that is descended.
     axis_name: Name of the mapped axis over which gradients are averaged.
     perturbed_dtype: The dtype in which w + eps is formed.
 
   Returns:
-    An :class:`optax.GradientTransformationExtraArgs`, as :func:`asam` does.
+    An :class:`optax.GradientTransformationExtraArgs`, as from :func:`asam`.
 
   Raises:
-    TypeError: An argument, or what a function returned, is of the wrong type.
-    ValueError: An argument is out of its range, or ``update`` was not given
-      what it needs.
+    TypeError: An argument or the result of a function has the wrong type.
+    ValueError: An argument is out of its range, or ``update`` lacks ``params``
+      or a function for the second gradient.
 
   Examples:
     >>> import jax
@@ -183,6 +192,7 @@ def sam(
     mask=mask,
     ascent_steps=ascent_steps,
     every_k=every_k,
+    when=when,
     descent=descent,
     axis_name=axis_name,
     perturbed_dtype=perturbed_dtype,

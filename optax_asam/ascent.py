@@ -1,13 +1,14 @@
 r"""Ascents: Optax transformations from a gradient to a perturbation."""
 
+from typing import NamedTuple
+
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_asam import _ball
 from optax_asam import _checks
-from optax_asam import _coordinates
+from optax_asam import _geometry
 from optax_asam import _trees
 from optax_asam import normalization as _normalization
 
@@ -27,8 +28,8 @@ def steepest_ascent(
     \frac{1}{p} + \frac{1}{q} = 1,
 
   that is :math:`T_w^2 g / \|T_w g\|_2` for p = 2 and :math:`T_w
-  \operatorname{sign}(g)` for p = inf. The norm is one number for the whole
-  tree. Chain a scale after it for a ball of another radius.
+  \operatorname{sign}(g)` for p = inf. The norm is taken over the whole tree.
+  For a ball of another radius, chain a scale after it.
 
   Args:
     normalization: A function from ``params`` to :math:`T_w`, such as
@@ -40,14 +41,15 @@ def steepest_ascent(
       function from ``params`` to one, or None for all.
 
   Returns:
-    An :class:`optax.GradientTransformation` without state whose ``update``
-    needs ``params``. What it returns has the structure, shapes and dtypes of
-    ``params``; sums are taken in at least float32. Where :math:`\|T_w g\|` is
-    zero or not finite, the perturbation is zero.
+    A stateless :class:`optax.GradientTransformation` whose ``update`` needs
+    ``params``. The perturbation has the structure, shapes and dtypes of
+    ``params``, and is zero at leaves that are masked out; sums are taken in at
+    least float32. Where :math:`\|T_w g\|` is zero or not finite, the
+    perturbation is zero.
 
   Raises:
-    TypeError: ``normalization`` is no function of params, ``ord`` no number,
-      or the mask has leaves that are no bools.
+    TypeError: ``normalization`` is not a function of params, ``ord`` not a
+      number, or a leaf of the mask not a bool.
     ValueError: ``ord`` is not in (1, inf], the mask does not fit or selects
       nothing, or ``update`` is called without ``params``.
 
@@ -67,18 +69,44 @@ def steepest_ascent(
     2021, equation 2.
 
   .. note::
-    For p = 2 one float32 reduction serves elements of :math:`T_w g` from 1e-18
-    to 1e18; smaller ones move less than they should, and where the norm is
-    larger nothing does. ``optax.masked`` around this would hand the raw
-    gradient on as a perturbation: use ``mask``.
+    For p = 2, one float32 reduction serves elements of :math:`T_w g` from 1e-18
+    to 1e18. Elements below 1e-19 are not perturbed, and nothing is if the
+    norm is above 1e19. Do not wrap this in ``optax.masked``, which would pass
+    the raw gradient on as a perturbation: use ``mask``.
   """
-  ascent = _unrounded_ascent(normalization, ord, mask)
+  ascent = _unscaled_ascent(normalization, ord, mask)
+
+  def init_fn(params):
+    _checks.check_params(params)
+    return ascent.init(params)
 
   def update_fn(updates, state, params=None):
+    params = _checks.checked_params(params, updates)
     eps, state = ascent.update(updates, state, params)
-    return _round(eps, params), state
+    eps = jax.tree.map(
+      lambda e, w: (
+        jnp.zeros_like(w)
+        if _trees.is_masked(e)
+        else jnp.asarray(e, _checks.dtype_of(w))
+      ),
+      eps,
+      params,
+      is_leaf=_trees.is_masked,
+    )
+    return eps, state
 
-  return optax.GradientTransformation(ascent.init, update_fn)
+  return optax.GradientTransformation(init_fn, update_fn)
+
+
+class ScaleByRhoState(NamedTuple):
+  """State of the last part of :func:`rho_ball`.
+
+  Attributes:
+    step: Number of updates so far, an int32 scalar. It is not called ``count``,
+      so that ``optax.tree.get(state, 'count')`` finds that of Adam.
+  """
+
+  step: jax.typing.ArrayLike
 
 
 def rho_ball(
@@ -92,12 +120,12 @@ def rho_ball(
   r"""The ascent that the arguments of :func:`optax_asam.asam` describe.
 
   Steepest ascent to the surface of the ball :math:`\|T_w^{-1} \epsilon\|_p \le
-  \rho`. The state is that of an Optax schedule, whatever ``rho`` is.
+  \rho`. The state does not depend on ``rho``.
 
   Args:
     rho: The radius :math:`\rho \ge 0`: a number, a traced scalar, or a schedule
-      of the count of updates.
-    eta: The constant of element-wise normalization, where ``adaptive`` is True.
+      of the number of updates.
+    eta: The constant of element-wise normalization, if ``adaptive`` is True.
     adaptive: True for element-wise normalization, False for none, or a
       normalization.
     ord: The exponent p of the ball, in (1, inf].
@@ -105,6 +133,9 @@ def rho_ball(
 
   Returns:
     An :class:`optax.GradientTransformation` whose ``update`` needs ``params``.
+    It returns a tree like ``params``, with an :class:`optax.MaskedNode` for
+    each leaf that is masked out: :func:`optax_asam.sharpness_aware` passes such
+    a parameter through without a copy.
 
   Raises:
     TypeError: An argument is of the wrong type.
@@ -128,45 +159,157 @@ def rho_ball(
       _normalization.elementwise(eta) if adaptive else _normalization.identity()
     )
   else:
-    _coordinates.check_normalization('adaptive', adaptive)
+    _normalization.check('adaptive', adaptive)
     normalization = adaptive
   return optax.chain(
-    _unrounded_ascent(normalization, ord, mask),
-    optax.scale_by_schedule(rho if callable(rho) else lambda _: rho),
-    # Last, and once: among a million weights of 1e-3 a unit perturbation has
-    # elements of 1e-6, of which float16 keeps four bits.
-    optax.stateless(_round),
+    _unscaled_ascent(normalization, ord, mask), _scale_by_rho(rho)
   )
 
 
-def _unrounded_ascent(
-  normalization: _normalization.Normalization,
-  ord: float,
-  mask: _trees.Mask | None,
+class FriendlyState(NamedTuple):
+  """State of :func:`friendly`.
+
+  Attributes:
+    ema: The average of past gradients, a pytree like ``params`` in at least
+      float32.
+  """
+
+  ema: optax.Updates
+
+
+def friendly(
+  sigma: chex.Numeric = 1.0, decay: chex.Numeric = 0.9
 ) -> optax.GradientTransformation:
-  """:func:`steepest_ascent` with its result still in at least float32."""
-  _coordinates.check_normalization('normalization', normalization)
-  _checks.check_ord(ord)
-  _trees.check_selects_something(mask)
+  r"""Removes the average of past gradients: the ascent of Friendly-SAM.
+
+  .. math::
+    d_t = g_t - \sigma m_{t - 1}, \quad
+    m_t = \lambda m_{t - 1} + (1 - \lambda) g_t, \quad m_0 = 0
+
+  What remains is the noise of the batch. Chain it before :func:`rho_ball` or
+  :func:`steepest_ascent`.
+
+  Args:
+    sigma: The weight :math:`\sigma \ge 0` of the average, a number or a traced
+      scalar.
+    decay: The decay :math:`0 \le \lambda < 1` of the average, a number or
+      a traced scalar.
+
+  Returns:
+    An :class:`optax.GradientTransformation` with a :class:`FriendlyState`, one
+    copy of the parameters in at least float32. Non-finite gradients are left
+    out of the average. Under ``axis_name`` it needs averaged gradients,
+    or replicas diverge.
+
+  Raises:
+    TypeError: An argument is not a real number.
+    ValueError: An argument is out of its range.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> from optax_asam import ascent, sharpness_aware
+    >>> f_sam = optax.chain(
+    ...   sharpness_aware(
+    ...     optax.chain(
+    ...       ascent.friendly(),
+    ...       ascent.rho_ball(rho=0.05, eta=0.0, adaptive=False),
+    ...     )
+    ...   ),
+    ...   optax.sgd(0.1),
+    ... )
+    >>> tx = ascent.friendly(sigma=1.0, decay=0.5)
+    >>> state = tx.init(jnp.zeros(2))
+    >>> _, state = tx.update(jnp.array([2.0, 0.0]), state)
+    >>> direction, _ = tx.update(jnp.array([2.0, 1.0]), state)
+    >>> print(direction)
+    [1. 1.]
+
+  References:
+    Li et al., `Friendly Sharpness-Aware Minimization
+    <https://arxiv.org/abs/2403.12350>`_, 2024, algorithm 1.
+  """
+  _checks.check_scale('sigma', sigma, '1.0')
+  _checks.check_scale('decay', decay, '0.9')
+  _checks.check_below_one('decay', decay, '0.9')
+
+  def wide(x):
+    return jnp.asarray(x, _trees.accumulator_dtype(x))
 
   def init_fn(params):
-    _trees.check_params(params)
-    return optax.EmptyState()
+    return FriendlyState(
+      ema=jax.tree.map(lambda w: jnp.zeros_like(wide(w)), params)
+    )
 
   def update_fn(updates, state, params=None):
-    params = _trees.checked_params(params, updates)
-    coordinates = _coordinates.at(params, normalization, mask)
-    direction, usable = _ball.steepest(coordinates.pull(updates), ord)
-    eps = jax.tree.map(
-      lambda e: jnp.where(usable, e, 0), coordinates.push(direction)
+    del params
+    grads = jax.tree.map(wide, updates)
+    finite = [jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]
+    is_finite = jnp.stack([*finite, jnp.array(True)]).all()
+
+    def ema(m, g):
+      decay_ = jnp.asarray(decay, m.dtype)
+      return jnp.where(is_finite, decay_ * m + (1 - decay_) * g, m)
+
+    direction = jax.tree.map(
+      lambda g, m: g - jnp.asarray(sigma, m.dtype) * m, grads, state.ema
     )
-    return eps, state
+    return direction, FriendlyState(ema=jax.tree.map(ema, state.ema, grads))
 
   return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _round(eps: optax.Updates, params: optax.Params | None) -> optax.Updates:
-  """``eps`` in the dtypes of ``params``."""
-  return jax.tree.map(
-    lambda e, w: jnp.asarray(e, jnp.result_type(w)), eps, params
-  )
+def _unscaled_ascent(
+  normalization: _normalization.Normalization,
+  ord: float,
+  mask: _trees.Mask | None,
+) -> optax.GradientTransformation:
+  """:func:`steepest_ascent` without rounding and checks of trees.
+
+  Leaves that are masked out are :class:`optax.MaskedNode`.
+  """
+  _normalization.check('normalization', normalization)
+  _checks.check_ord(ord)
+  _checks.check_selects_something(mask)
+
+  def init_fn(params):
+    del params
+    return optax.EmptyState()
+
+  def update_fn(updates, state, params=None):
+    params = _checks.given(params)
+    coordinates = _geometry.coordinates(params, normalization, mask)
+    direction = _geometry.steepest_direction(coordinates.pull(updates), ord)
+    return coordinates.push(*direction), state
+
+  return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _scale_by_rho(
+  rho: chex.Numeric | optax.Schedule,
+) -> optax.GradientTransformation:
+  """Multiplies by ``rho`` and rounds to the dtypes of ``params``.
+
+  Rounds once, after scaling: a unit perturbation of a million weights of 1e-3
+  has elements of 1e-6, of which float16 keeps four bits.
+  """
+
+  def init_fn(params):
+    del params
+    return ScaleByRhoState(step=jnp.zeros([], jnp.int32))
+
+  def update_fn(updates, state, params=None):
+    radius = rho(state.step) if callable(rho) else rho
+    eps = jax.tree.map(
+      lambda e, w: (
+        e
+        if _trees.is_masked(e)
+        else jnp.asarray(jnp.asarray(radius, e.dtype) * e, _checks.dtype_of(w))
+      ),
+      updates,
+      params,
+      is_leaf=_trees.is_masked,
+    )
+    return eps, ScaleByRhoState(step=optax.safe_increment(state.step))
+
+  return optax.GradientTransformation(init_fn, update_fn)

@@ -9,10 +9,11 @@ import chex
 import jax
 
 from optax_asam import _checks
+from optax_asam import _estimator
+from optax_asam import _modules
 from optax_asam import _trees
-from optax_asam import ascent as _ascent
+from optax_asam import descent as _descent
 from optax_asam import normalization as _normalization
-from optax_asam import transform
 
 
 def value_and_grad(
@@ -26,7 +27,7 @@ def value_and_grad(
   ord: float = 2,
   mask: _trees.Mask | None = None,
   ascent_steps: int = 1,
-  descent: transform.Descent | None = None,
+  descent: _descent.Descent | None = None,
   perturbed_dtype: Any = None,
 ) -> Callable[..., Any]:
   r"""The value of ``fun`` and its sharpness-aware gradient.
@@ -35,10 +36,12 @@ def value_and_grad(
     (L(w), \nabla L(w + \epsilon)), \quad
     \epsilon = \rho \, \frac{T_w^2 \nabla L(w)}{\|T_w \nabla L(w)\|_2}
 
-  A drop-in for :func:`jax.value_and_grad` under any optimizer and trainer. The
+  A drop-in for :func:`jax.value_and_grad` with any optimizer and trainer. The
   value and the auxiliary data are those of the unperturbed pass, so BatchNorm
-  statistics among them are updated once, from the unperturbed model. Both
-  passes get the same other arguments, and so the same dropout key.
+  statistics among them are updated once, from the unperturbed model. The other
+  arguments, such as a dropout key, are the same in both passes. For modules
+  that hold more than parameters, use :mod:`optax_asam.nnx` or
+  :mod:`optax_asam.equinox`.
 
   Args:
     fun: A function that returns a scalar, or with ``has_aux`` a pair of a
@@ -46,8 +49,8 @@ def value_and_grad(
     argnums: Which positional arguments are differentiated and perturbed; with
       several, the norm is taken over all of them.
     has_aux: Whether ``fun`` returns auxiliary data.
-    rho: The radius :math:`\rho \ge 0`, a number or a traced scalar. There is no
-      count of updates here for a schedule: evaluate it in the train step.
+    rho: The radius :math:`\rho \ge 0`, a number or a traced scalar. Evaluate
+      a schedule in the train step: no updates are counted here.
     eta: The constant :math:`\eta \ge 0` of element-wise normalization.
     adaptive: True for element-wise normalization of all but biases, False for
       none (SAM), or a normalization such as ``normalization.filterwise(0.01)``.
@@ -83,17 +86,15 @@ def value_and_grad(
     Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021, algorithm 1.
   """
   _checks.check_function('fun', fun, 'value_and_grad(loss_fn, rho=0.5)')
-  if callable(rho):
-    raise TypeError(
-      f'rho must be a number or a traced scalar here, but got the function'
-      f' {rho!r}: there is no count of updates for a schedule. Evaluate it in'
-      f' the train step, rho=schedule(step), or write asam(base_tx,'
-      f' rho=schedule).'
-    )
-  tx = transform.sharpness_aware(
-    _ascent.rho_ball(rho, eta, adaptive, ord=ord, mask=mask),
-    descent,
+  _checks.check_argnums(argnums)
+  tx = _estimator.second_gradient(
+    rho,
+    eta,
+    adaptive,
+    ord=ord,
+    mask=mask,
     ascent_steps=ascent_steps,
+    descent=descent,
     perturbed_dtype=perturbed_dtype,
   )
 
@@ -104,14 +105,9 @@ def value_and_grad(
       grads = jax.grad(fun, argnums, has_aux)(*perturbed_args, **kwargs)
       return grads[0] if has_aux else grads
 
-    try:
-      params = _select(args, argnums)
-    except IndexError as error:
-      raise TypeError(
-        f'argnums must number positional arguments, but got {argnums!r} for'
-        f' {len(args)} of them. Pass what is differentiated by position, or'
-        f' write for example argnums=0.'
-      ) from error
+    _checks.check_argnums(argnums, len(args))
+    params = _select(args, argnums)
+    _modules.check_not_module(params)
     state = tx.init(params)
     out, grads = jax.value_and_grad(fun, argnums, has_aux)(*args, **kwargs)
     grads, _ = tx.update(grads, state, params, grad_fn=grad_fn)
@@ -131,7 +127,7 @@ def grad(
   ord: float = 2,
   mask: _trees.Mask | None = None,
   ascent_steps: int = 1,
-  descent: transform.Descent | None = None,
+  descent: _descent.Descent | None = None,
   perturbed_dtype: Any = None,
 ) -> Callable[..., Any]:
   r"""The sharpness-aware gradient of ``fun``, a drop-in for :func:`jax.grad`.
@@ -143,7 +139,8 @@ def grad(
   Args:
     fun: A function that returns a scalar, or with ``has_aux`` a pair of a
       scalar and auxiliary data.
-    argnums: As in :func:`value_and_grad`, and so are the arguments that follow.
+    argnums: Which arguments are differentiated. This and the following
+      arguments are as in :func:`value_and_grad`.
     has_aux: Whether ``fun`` returns auxiliary data.
     rho: The radius, a number or a traced scalar.
     eta: The constant of element-wise normalization.
@@ -187,13 +184,7 @@ def grad(
     descent=descent,
     perturbed_dtype=perturbed_dtype,
   )
-
-  @functools.wraps(fun)
-  def grad_fn(*args, **kwargs):
-    out, grads = value_and_grad_fn(*args, **kwargs)
-    return (grads, out[1]) if has_aux else grads
-
-  return grad_fn
+  return _estimator.without_value(value_and_grad_fn, has_aux)
 
 
 def _select(args: tuple[Any, ...], argnums: int | Sequence[int]) -> Any:

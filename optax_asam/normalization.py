@@ -2,7 +2,7 @@ r"""Normalization operators: functions from ``params`` to :math:`T_w`.
 
 :math:`T_w` is a positive diagonal operator, represented as a pytree with the
 structure of ``params``. A leaf is an array that broadcasts to its parameter,
-in at least float32, or the Python number 1, for which nothing is multiplied.
+in at least float32, or the Python number 1, which costs no multiplication.
 """
 
 from collections.abc import Callable
@@ -19,28 +19,28 @@ from optax_asam import _trees
 
 Normalization = Callable[[optax.Params], Any]
 
-# An NNX variable holds its array in an attribute of one of these names.
-_WRAPPERS = ('value', 'raw_value')
-# Dense and convolution layers (Flax, Haiku, Equinox), gates (`bias_ih`), and
-# the shift of a normalization layer (`beta`, `offset`).
-_BIAS = re.compile(r'bias|bias_.*|b|beta|offset')
+# Dense and convolution layers (Flax, Haiku, Equinox), gates (`bias_ih`,
+# `b_hh`), attention (`in_proj_bias`), hand-written layers (`b1`), and the
+# shift of a normalization layer (`beta`, `offset`).
+_BIAS = re.compile(r'(.+_)?bias|bias_.*|biases|b|b\d+|b_.*|beta|offset')
 
 
 def not_bias(params: optax.Params) -> Any:
   """Masks out the biases, which the paper leaves unnormalized.
 
-  A leaf is a bias if the last name on its path is ``bias``, ``bias_*``, ``b``,
-  ``beta`` or ``offset``, as in the trees of Flax (linen and NNX), Haiku and
-  Equinox. A name with separators counts from its last ``.`` or ``/`` on, as in
-  ``{'layers.0.bias': ...}``. Positions in a list are no names, and neither are
-  ``value`` and ``raw_value``, in which an NNX variable holds its array.
+  A leaf is a bias if the last name on its path is ``bias``, ``biases``,
+  ``bias_*``, ``*_bias``, ``b``, ``b_*``, ``b`` and a number, ``beta`` or
+  ``offset``, as in the trees of Flax (linen and NNX), Haiku and Equinox. Of a
+  name such as ``layers.0.bias``, only the part after the last ``.`` or ``/``
+  counts. Positions in a list are not names, nor are ``value`` and
+  ``raw_value``, in which an NNX variable holds its array.
 
   Args:
     params: A pytree of parameters.
 
   Returns:
     A pytree like ``params``: False at biases, True elsewhere. In a tree
-    without names everything is True.
+    without names, everything is True.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -58,12 +58,11 @@ def not_bias(params: optax.Params) -> Any:
 
 
 def _last_name(path: Any) -> str:
-  """The last name on a key path that is not a wrapper, or ''."""
-  for entry in reversed(path):
-    name = getattr(entry, 'name', getattr(entry, 'key', None))
+  """The last name on a key path, or ''."""
+  for name in reversed(_checks.names(path)):
     if isinstance(name, tuple) and name:  # flax.traverse_util.flatten_dict
       name = name[-1]
-    if isinstance(name, str) and name not in _WRAPPERS:
+    if isinstance(name, str):
       return re.split('[./]', name)[-1]
   return ''
 
@@ -96,19 +95,19 @@ def elementwise(
     T_w = \operatorname{diag}(|w_1| + \eta, \ldots, |w_k| + \eta)
 
   Args:
-    eta: The constant :math:`\eta \ge 0`, a number or a traced scalar. It lets
-      weights move that are zero.
+    eta: The constant :math:`\eta \ge 0`, a number or a traced scalar. With it,
+      weights that are zero are perturbed, too.
     mask: Which leaves are normalized; the others have :math:`T_w = 1`. A pytree
       of bools with the structure of ``params`` or a prefix of it, a function
-      from ``params`` to one, or None for all. By default all but biases.
+      from ``params`` to one, or None for all. By default, all but biases.
 
   Returns:
     A function from ``params`` to :math:`T_w`: a pytree like ``params`` whose
     leaves have the shape of their parameter and at least float32, or are 1.
 
   Raises:
-    TypeError: ``eta`` is no real number, or the mask has leaves that are no
-      bools.
+    TypeError: ``eta`` is not a real number, or a leaf of the mask is not a
+      bool.
     ValueError: ``eta`` is negative or not finite, or the mask does not fit.
 
   Examples:
@@ -136,8 +135,8 @@ def filterwise(
     T_w = \operatorname{diag}(\|f_i\|_2 + \eta) \quad
     \text{on the entries of the filter } f_i
 
-  A filter is what belongs to one output channel of a leaf of three or more
-  dimensions. Every other leaf is normalized element-wise, as in the paper.
+  A filter is the part of a leaf of three or more dimensions that belongs to one
+  output channel. Other leaves are normalized element-wise, as in the paper.
 
   Args:
     eta: The constant :math:`\eta \ge 0`, a number or a traced scalar.
@@ -150,10 +149,10 @@ def filterwise(
     leaf of a kernel has size 1 along every axis but ``axis``.
 
   Raises:
-    TypeError: ``eta`` is no real number, ``axis`` no int, or the mask has
-      leaves that are no bools.
+    TypeError: ``eta`` is not a real number, ``axis`` not an int, or a leaf of
+      the mask not a bool.
     ValueError: ``eta`` is negative or not finite, the mask does not fit, or a
-      kernel has no such axis.
+      kernel does not have the axis.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -166,15 +165,15 @@ def filterwise(
     Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021, section 3.
 
   .. note::
-    Dimensions are all that tells a convolution kernel: an attention kernel of
-    three dimensions, or dense layers stacked by ``scan``, count as one. Mask
-    them out, or normalize element-wise.
+    A convolution kernel is recognized by its number of dimensions alone, so an
+    attention kernel of three dimensions, or dense layers stacked by ``scan``,
+    count as one. Mask them out, or normalize element-wise.
   """
   _checks.check_static('axis', axis)
   if isinstance(axis, bool) or not isinstance(axis, int):
     raise TypeError(
       f'axis must be an int, the axis of output channels, but got {axis!r}.'
-      f' Write for example axis=-1 (Flax, Haiku) or axis=0 (Equinox).'
+      f' For example: axis=-1 (Flax, Haiku) or axis=0 (Equinox).'
     )
 
   def operator(w):
@@ -182,8 +181,8 @@ def filterwise(
       return jnp.abs(w)
     if not -w.ndim <= axis < w.ndim:
       raise ValueError(
-        f'axis must number an axis of every kernel, but got axis={axis} for one'
-        f' of shape {w.shape}. Write for example axis=-1 (Flax, Haiku) or'
+        f'axis must be in range for every kernel, but got axis={axis} for one'
+        f' of shape {w.shape}. For example: axis=-1 (Flax, Haiku) or'
         f' axis=0 (Equinox).'
       )
     return _l2_norm(w, tuple(i for i in range(w.ndim) if i != axis % w.ndim))
@@ -194,7 +193,7 @@ def filterwise(
 def layerwise(
   eta: chex.Numeric = 0.01, mask: _trees.Mask | None = not_bias
 ) -> Normalization:
-  r"""Layer-wise normalization: one number a leaf.
+  r"""Layer-wise normalization: one number per leaf.
 
   .. math::
     T_w = \operatorname{diag}(\|w_l\|_2 + \eta) \quad
@@ -209,8 +208,8 @@ def layerwise(
     leaves are at least float32 and of size 1 along every axis, or are 1.
 
   Raises:
-    TypeError: ``eta`` is no real number, or the mask has leaves that are no
-      bools.
+    TypeError: ``eta`` is not a real number, or a leaf of the mask is not a
+      bool.
     ValueError: ``eta`` is negative or not finite, or the mask does not fit.
 
   Examples:
@@ -222,19 +221,22 @@ def layerwise(
 
   References:
     The family of operators of Kwon et al., `ASAM
-    <https://arxiv.org/abs/2102.11600>`_, 2021, section 3, with the leaf in
-    place of the filter.
+    <https://arxiv.org/abs/2102.11600>`_, 2021, section 3, with leaves in
+    place of filters.
   """
   return _masked(lambda w: _l2_norm(w, None), eta, mask)
 
 
-FACTORIES = (identity, elementwise, filterwise, layerwise)
+def check(name: str, value: Any) -> None:
+  """Raises unless ``value`` may be a normalization."""
+  factories = (identity, elementwise, filterwise, layerwise)
+  _checks.check_normalization(name, value, factories)
 
 
 def _masked(operator, eta, mask) -> Normalization:
   """``operator(w) + eta`` at the leaves that ``mask`` selects, 1 elsewhere."""
   _checks.check_scale('eta', eta, '0.01')
-  _trees.check_selects_something(mask)
+  _checks.check_selects_something(mask)
 
   def leaf(selected, w):
     if not selected:
@@ -250,8 +252,8 @@ def _masked(operator, eta, mask) -> Normalization:
 
 def _l2_norm(w: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
   """The norm over ``axis``, kept as size 1, with a zero derivative at zero."""
-  # No second reduction finds their scale: float32 below 1e-19 counts as zero.
+  # There is no second reduction for the scale, so float32 below 1e-19 is 0.
   squares = jnp.sum(w * w, axis=axis, keepdims=True)
-  nonzero = squares != 0  # NaN included, which is not to be hidden.
+  nonzero = squares != 0  # True for NaN, which must not be hidden.
   # Guarded inside the root: sqrt has an infinite derivative at zero.
   return jnp.where(nonzero, jnp.sqrt(jnp.where(nonzero, squares, 1)), 0)

@@ -2,6 +2,7 @@ r"""The transformation that takes the second gradient."""
 
 from collections.abc import Callable
 from collections.abc import Hashable
+import inspect
 from typing import Any
 from typing import NamedTuple
 
@@ -10,10 +11,11 @@ import jax.numpy as jnp
 import optax
 
 from optax_asam import _checks
-from optax_asam import _functions
+from optax_asam import _geometry
 from optax_asam import _trees
+from optax_asam.descent import Descent
 
-Descent = Callable[[optax.Updates, optax.Updates], optax.Updates]
+When = Callable[[jax.Array], jax.typing.ArrayLike]
 
 
 class SharpnessAwareState(NamedTuple):
@@ -21,9 +23,9 @@ class SharpnessAwareState(NamedTuple):
 
   Attributes:
     step: Number of updates so far, an int32 scalar.
-    perturbed_value: L(w + eps) of the last update, a scalar of at least
-      float32. NaN before the first update, on updates that ``every_k`` skips,
-      and where ``grad_fn`` was given instead of ``value_fn``.
+    perturbed_value: The last L(w + eps) that was measured, a scalar of at least
+      float32: on updates that ``every_k`` or ``when`` skip, and with
+      ``grad_fn`` instead of ``value_fn``, it keeps its value. Zero at first.
     ascent_state: State of the ascent.
   """
 
@@ -38,6 +40,7 @@ def sharpness_aware(
   *,
   ascent_steps: int = 1,
   every_k: int = 1,
+  when: When | None = None,
   axis_name: Hashable | None = None,
   perturbed_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -52,33 +55,39 @@ def sharpness_aware(
   unperturbed w: by the triangle inequality the sum stays in the ball.
 
   Args:
-    ascent: The transformation from a gradient to a perturbation, for example
+    ascent: A transformation from a gradient to a perturbation, for example
       ``optax.chain(steepest_ascent(normalization.elementwise()),
-      optax.scale(0.5))``. Its state advances once an update.
+      optax.scale(0.5))``. Its state advances once per update.
     descent: A function from :math:`(g, \tilde g)`, pytrees like ``params``, to
-      the gradient that is handed on; by default :math:`\tilde g` itself.
+      the gradient that is passed on; by default :math:`\tilde g`.
     ascent_steps: Number n of ascent steps, each of which costs a gradient.
-    every_k: The second gradient is taken on updates 0, k, 2k, ...; in between
+    every_k: The second gradient is taken on updates 0, k, 2k, ...; in between,
       the gradient passes through.
-    axis_name: Name of the mapped axis, or names of axes, over which whatever
-      leaves is averaged: the second gradient (and g, where ``descent`` takes
-      it) and ``perturbed_value``. Gradients that come in per device give a
-      perturbation per device, averaged ones a shared one; with several ascent
-      steps that takes a ``pmean`` inside ``grad_fn``, too. An ascent with a
-      state that depends on gradients needs averaged ones, or replicas diverge.
-    perturbed_dtype: The floating dtype in which w + eps is formed and handed to
-      the gradient function. By default each parameter's own, in which bfloat16
-      loses most of a small perturbation.
+    when: A function from the number of updates so far, an int32 scalar, to a
+      bool that says whether to take the second gradient on this update. With
+      ``when=lambda step: step >= 9_000``, only the late phase of training is
+      sharpness-aware. With ``every_k``, both must hold. A skipped update costs
+      what the base optimizer costs, and advances the state of the ascent.
+    axis_name: Name of the mapped axis, or names of axes, over which the result
+      is averaged: the second gradient (and g, if ``descent`` takes it) and
+      ``perturbed_value``. Local gradients give a perturbation per device,
+      averaged gradients a shared one; with several ascent steps, a shared one
+      also needs a ``pmean`` inside ``grad_fn``. An ascent whose state depends
+      on gradients needs averaged ones, or replicas diverge.
+    perturbed_dtype: The floating dtype in which w + eps is formed and passed to
+      the gradient function. By default each parameter's own: bfloat16 loses
+      most of a small perturbation.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs`. Its ``update(grads,
     state, params, ...)`` takes exactly one of ``grad_fn(params) -> grads`` and
-    ``value_fn(params) -> scalar`` by keyword; further keywords go to the
-    ascent. It returns gradients in the dtypes of ``grads``, and a
-    :class:`SharpnessAwareState`.
+    ``value_fn(params) -> scalar`` by keyword (``obj_fn`` is another name for
+    the latter). Extra arguments go to the ascent and, if they are in its
+    signature, to ``value_fn``, as in :func:`optax.lbfgs`. It returns gradients
+    in the dtypes of ``grads``, and a :class:`SharpnessAwareState`.
 
   Raises:
-    TypeError: An argument, or what a function returned, is of the wrong type.
+    TypeError: An argument or the result of a function has the wrong type.
     ValueError: An argument is out of its range; ``update`` got no ``params``,
       or not exactly one of ``grad_fn`` and ``value_fn``; trees differ in
       structure or shapes.
@@ -113,9 +122,10 @@ def sharpness_aware(
     `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021.
 
   .. note::
-    ``every_k`` is a :func:`jax.lax.cond`. Under :func:`jax.vmap` it becomes a
-    select and saves nothing, and on CPU, XLA runs convolutions inside it about
-    ten times slower: there, choose between two jitted steps in Python.
+    ``every_k`` and ``when`` use :func:`jax.lax.cond`. Under :func:`jax.vmap` it
+    becomes a select and saves nothing, and on CPU, XLA runs convolutions inside
+    it much more slowly: in these cases, choose between two jitted steps
+    in Python.
   """
   _checks.check_transformation(
     'ascent', ascent, 'steepest_ascent(normalization.elementwise())'
@@ -126,62 +136,85 @@ def sharpness_aware(
     )
   _checks.check_count('ascent_steps', ascent_steps)
   _checks.check_count('every_k', every_k)
+  if when is not None:
+    _checks.check_function('when', when, 'when=lambda step: step >= 9_000')
   _checks.check_perturbed_dtype(perturbed_dtype)
   ascent = optax.with_extra_args_support(ascent)
 
   def init_fn(params):
-    _trees.check_params(params)
+    _checks.check_params(params)
     dtype = _trees.accumulator_dtype(*jax.tree.leaves(params))
     return SharpnessAwareState(
       step=jnp.zeros([], jnp.int32),
-      perturbed_value=jnp.full([], jnp.nan, dtype),
+      perturbed_value=jnp.zeros([], dtype),
       ascent_state=ascent.init(params),
     )
 
   def update_fn(
-    updates, state, params=None, *, grad_fn=None, value_fn=None, **extra_args
+    updates,
+    state,
+    params=None,
+    *,
+    grad_fn=None,
+    value_fn=None,
+    obj_fn=None,
+    **extra_args,
   ):
-    params = _trees.checked_params(params, updates)
-    params = jax.tree.map(jnp.asarray, params)
-    value_and_grad_fn = _functions.as_value_and_grad_fn(grad_fn, value_fn)
+    params = _checks.checked_params(params, updates)
+    value_and_grad_fn = _value_and_grad_fn(
+      {'grad_fn': grad_fn, 'value_fn': value_fn, 'obj_fn': obj_fn},
+      extra_args,
+      updates,
+    )
 
     def ascend(grads):
       return ascent.update(grads, state.ascent_state, params, **extra_args)
 
     def perturb(eps):
-      return optax.apply_updates(optax.tree.cast(params, perturbed_dtype), eps)
+      return _geometry.perturb(params, eps, perturbed_dtype)
 
     def average(tree):
       return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
-    # Outside the cond, so that a schedule of rho counts every update.
-    first_step, ascent_state = ascend(updates)
-
     def perturbed_pass():
-      eps = _divide(first_step, ascent_steps)
-      # Unrolled: XLA on CPU runs convolutions in a loop 25 times slower.
+      eps, ascent_state = ascend(updates)
+      if ascent_steps > 1:
+        eps = _divide(eps, ascent_steps)
+      # Unrolled: XLA on CPU runs convolutions much more slowly in a loop.
       for _ in range(ascent_steps - 1):
         _, grads = value_and_grad_fn(perturb(eps))
-        eps = optax.tree.add(eps, _divide(ascend(grads)[0], ascent_steps))
-      value, perturbed_grads = value_and_grad_fn(perturb(eps))
-      value = average(jnp.asarray(value, state.perturbed_value.dtype))
-      perturbed_grads = average(optax.tree.cast_like(perturbed_grads, updates))
-      if descent is None:
-        return value, perturbed_grads
-      return value, _descend(descent, average(updates), perturbed_grads)
+        step, _ = ascend(grads)
+        eps = optax.tree.add(eps, _divide(step, ascent_steps))
+      perturbed_params = perturb(eps)
+      value, grads = value_and_grad_fn(perturbed_params)
+      if axis_name is not None:
+        _checks.check_varies(perturbed_params, grads, axis_name)
+      grads = average(grads)
+      if value is None:
+        value = state.perturbed_value
+      else:
+        value = average(jnp.asarray(value, state.perturbed_value.dtype))
+      if descent is not None:
+        grads = _descend(descent, average(updates), grads)
+      return (value, grads), ascent_state
 
-    def clean_pass():
-      return jnp.full_like(state.perturbed_value, jnp.nan), average(updates)
-
-    # Both passes average: under shard_map the branches of a cond must vary over
-    # the same axes, and gradients may come in averaged already.
-    if every_k == 1:
-      value, descent_grads = perturbed_pass()
+    if every_k == 1 and when is None:
+      (value, grads), ascent_state = perturbed_pass()
     else:
-      value, descent_grads = jax.lax.cond(
-        state.step % every_k == 0, perturbed_pass, clean_pass
+      is_due = jnp.asarray(state.step) % every_k == 0
+      if when is not None:
+        is_due &= _checks.check_due(when(state.step))
+      # Outside the cond, so that a schedule of rho counts every update. The
+      # perturbation is unused here, so it is not computed.
+      _, ascent_state = ascend(updates)
+      # Both branches average: under shard_map they must vary over the same
+      # axes, and gradients may be averaged already.
+      value, grads = jax.lax.cond(
+        is_due,
+        lambda: perturbed_pass()[0],
+        lambda: (state.perturbed_value, average(updates)),
       )
-    return descent_grads, SharpnessAwareState(
+    return grads, SharpnessAwareState(
       step=optax.safe_increment(state.step),
       perturbed_value=value,
       ascent_state=ascent_state,
@@ -190,16 +223,59 @@ def sharpness_aware(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _value_and_grad_fn(
+  functions: dict[str, Callable[..., Any] | None],
+  extra_args: dict[str, Any],
+  updates: optax.Updates,
+) -> Callable[[optax.Params], tuple[Any, optax.Updates]]:
+  """The given function, as one from params to (value or None, grads).
+
+  The gradient has the dtypes of ``updates``.
+  """
+  name, function = _checks.check_one_function(functions)
+
+  kwargs = _keywords_of(function, extra_args)
+
+  def value_fn(params):
+    value = function(params, **kwargs)
+    _checks.check_scalar(name, value)
+    return value
+
+  def value_and_grad_fn(params):
+    if name == 'grad_fn':
+      value, grads = None, function(params)
+      _checks.check_grads(grads, params)
+    else:
+      value, grads = jax.value_and_grad(value_fn)(params)
+    return value, optax.tree.cast_like(grads, updates)
+
+  return value_and_grad_fn
+
+
+def _keywords_of(
+  function: Callable[..., Any], extra_args: dict[str, Any]
+) -> dict[str, Any]:
+  """The ``extra_args`` that ``function`` takes after its first argument.
+
+  They are matched to its signature by name, as in :func:`optax.lbfgs`.
+  """
+  try:
+    _, *names = inspect.signature(function).parameters
+  except (TypeError, ValueError):  # Built-in functions may have no signature.
+    return {}
+  return {name: extra_args[name] for name in names if name in extra_args}
+
+
 def _descend(
   descent: Descent, grads: optax.Updates, perturbed_grads: optax.Updates
 ) -> optax.Updates:
   """The result of ``descent``, checked and in the dtypes of ``grads``."""
   result = descent(grads, perturbed_grads)
-  _trees.check_like(
+  _checks.check_like(
     'the result of descent',
     result,
     grads,
-    write='Write for example descent=lambda g, h: optax.tree.add(g, h).',
+    write='For example: descent=lambda g, h: optax.tree.add(g, h).',
   )
   return optax.tree.cast_like(result, grads)
 

@@ -1,10 +1,11 @@
-r"""Sharpness as a measure: how far the loss rises around some parameters.
+r"""Sharpness as a measure: how far the loss rises around given parameters.
 
-Where :func:`optax_asam.asam` takes one step to the surface of the ball
-:math:`\|T_w^{-1} \epsilon\|_p \le \rho`, these search it, average over it, or
-take its curvature. With a normalization that makes :math:`T_w` follow a
-rescaling of the network, as ``elementwise(eta=0, mask=None)`` does, all three
-stay when the network is rescaled without a change of its function.
+:func:`optax_asam.asam` takes one step to the surface of the ball
+:math:`\|T_w^{-1} \epsilon\|_p \le \rho`; these functions search the ball,
+average over it, or measure the curvature in it. With a normalization for which
+:math:`T_w` follows a rescaling of the weights, such as ``elementwise(eta=0,
+mask=None)``, all three are invariant to rescalings that leave the network's
+function unchanged.
 """
 
 from optax_asam.sharpness._average_case import average_case

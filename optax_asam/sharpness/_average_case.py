@@ -9,24 +9,24 @@ import jax.numpy as jnp
 import optax
 
 from optax_asam import _checks
-from optax_asam import _coordinates
+from optax_asam import _geometry
 from optax_asam import _trees
 from optax_asam import normalization as _normalization
-from optax_asam.sharpness import _loss
-from optax_asam.sharpness import _points
+from optax_asam.sharpness import _ball
 
 
 def average_case(
-  loss_fn: _loss.LossFn,
+  loss_fn: _ball.LossFn,
   params: optax.Params,
   rho: chex.Numeric,
   key: jax.Array,
   *,
-  normalization: _normalization.Normalization = _loss.ELEMENTWISE,
+  normalization: _normalization.Normalization = _ball.ELEMENTWISE,
   distribution: Literal['normal', 'uniform'] = 'normal',
   ord: float = 2,
   samples: int = 100,
   mask: _trees.Mask | None = None,
+  perturbed_dtype: Any = jnp.float32,
   batches: Any = None,
 ) -> jax.Array:
   r"""The mean rise of the loss at random points around the parameters.
@@ -36,9 +36,9 @@ def average_case(
     \epsilon \sim \mathcal{N}(0, \rho^2 T_w^2)
     \quad \text{or uniform in} \quad \|T_w^{-1} \epsilon\|_p \le \rho
 
-  It may be negative. A normal perturbation has a norm :math:`\|T_w^{-1}
-  \epsilon\|_2` of about :math:`\rho \sqrt{k}` with k parameters, a uniform one
-  of at most :math:`\rho`: radii of the two are not comparable.
+  It may be negative. With k parameters, a normal perturbation has a norm
+  :math:`\|T_w^{-1} \epsilon\|_2` of about :math:`\rho \sqrt{k}`, a uniform one
+  of at most :math:`\rho`: the radii of the two are not comparable.
 
   Args:
     loss_fn: As in :func:`worst_case`.
@@ -51,14 +51,16 @@ def average_case(
     ord: The exponent p of the ball, 2 or inf, for a uniform distribution.
     samples: Number of points, each of which costs a loss.
     mask: Which leaves are perturbed, as in :func:`optax_asam.asam`.
-    batches: As in :func:`worst_case`; each batch has points of its own.
+    perturbed_dtype: As in :func:`worst_case`.
+    batches: As in :func:`worst_case`; each batch has its own points.
 
   Returns:
     The mean over the points, a scalar in the units of the loss, at least
     float32.
 
   Raises:
-    TypeError: An argument is of the wrong type, or the loss no real scalar.
+    TypeError: An argument is of the wrong type, or the loss is not a real
+      scalar.
     ValueError: An argument is out of its range.
 
   Examples:
@@ -76,31 +78,34 @@ def average_case(
     Andriushchenko et al., `A Modern Look at the Relationship between Sharpness
     and Generalization <https://arxiv.org/abs/2302.07011>`_, 2023, section 3.
   """
-  _loss.check_arguments(loss_fn, params, rho, normalization, mask)
-  _points.check_key(key)
-  _points.check_ord(ord)
+  _ball.check_arguments(
+    loss_fn, params, rho, normalization, mask, perturbed_dtype
+  )
+  _checks.check_key(key)
+  _checks.check_ord_of_projection(ord)
   _checks.check_count('samples', samples)
   if distribution not in ('normal', 'uniform'):
     raise ValueError(
       f"distribution must be 'normal' or 'uniform', but got {distribution!r}."
-      f" Write for example distribution='normal'."
+      f" For example: distribution='normal'."
     )
-  coordinates = _coordinates.at(params, normalization, mask)
-  center = _loss.origin(params, coordinates)
+  params = _ball.widen(params, perturbed_dtype)
+  coordinates = _geometry.coordinates(params, normalization, mask)
+  center = _ball.origin(params, coordinates)
 
   def on_batch(loss_fn, key):
-    rise = _loss.rise(loss_fn, params, coordinates)
+    rise = _ball.rise(loss_fn, params, coordinates)
 
     def sample(total, i):
       sample_key = jax.random.fold_in(key, i)
       if distribution == 'normal':
-        point = _points.normal(sample_key, center)
+        point = _ball.normal(sample_key, center)
       else:
-        point = _points.in_ball(sample_key, center, ord)
-      return total + rise(_points.scale(rho, point)), None
+        point = _ball.in_ball(sample_key, center, ord)
+      return total + rise(_ball.scale(rho, point)), None
 
     zero = jnp.zeros([], jax.eval_shape(rise, center).dtype)
     total, _ = jax.lax.scan(sample, zero, jnp.arange(samples))
-    return _loss.at_radius(rho, total / samples)
+    return _ball.at_radius(rho, total / samples)
 
-  return _loss.mean_over_batches(on_batch, loss_fn, key, batches)
+  return _ball.mean_over_batches(on_batch, loss_fn, key, batches)

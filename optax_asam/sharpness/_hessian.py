@@ -1,27 +1,28 @@
 """The curvature in the coordinates of a normalized ball."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optax_asam import _checks
-from optax_asam import _coordinates
+from optax_asam import _geometry
 from optax_asam import _trees
 from optax_asam import normalization as _normalization
-from optax_asam.sharpness import _lanczos
-from optax_asam.sharpness import _loss
-from optax_asam.sharpness import _points
+from optax_asam.sharpness import _ball
 
 
 def max_hessian_eigenvalue(
-  loss_fn: _loss.LossFn,
+  loss_fn: _ball.LossFn,
   params: optax.Params,
   key: jax.Array,
   *,
-  normalization: _normalization.Normalization = _loss.ELEMENTWISE,
+  normalization: _normalization.Normalization = _ball.ELEMENTWISE,
   steps: int = 50,
   mask: _trees.Mask | None = None,
+  perturbed_dtype: Any = jnp.float32,
   batches: Any = None,
 ) -> jax.Array:
   r"""The largest eigenvalue of the normalized Hessian.
@@ -29,29 +30,31 @@ def max_hessian_eigenvalue(
   .. math::
     \lambda_{\max}(T_w \nabla^2 L(w) \, T_w)
 
-  by the Lanczos method from a random vector, with products of the Hessian and a
-  vector. At a minimum, where the gradient vanishes, the maximum that
-  :func:`worst_case` searches for p = 2, there with restarts, is :math:`\rho^2
-  \lambda_{\max} / 2` for a small :math:`\rho`. Three vectors of the size of
-  ``params`` are kept: without reorthogonalization the method repeats
-  eigenvalues that it has found, but the largest one stays right.
+  by the Lanczos method from a random vector, with Hessian-vector products. At a
+  minimum, where the gradient vanishes, the maximum that :func:`worst_case`
+  searches for with p = 2 (there with restarts) is :math:`\rho^2
+  \lambda_{\max} / 2` for small :math:`\rho`. Three vectors of the size of
+  ``params`` are kept: without reorthogonalization the method finds eigenvalues
+  repeatedly, but the largest one stays correct.
 
   Args:
     loss_fn: As in :func:`worst_case`, twice differentiable.
     params: The parameters w, a pytree of floating arrays.
     key: A random key.
     normalization: A function from ``params`` to :math:`T_w`.
-    steps: Number of steps, each of which costs about two gradients. The error
-      falls with their number, fast where the largest eigenvalue stands apart.
-    mask: The leaves whose block of the Hessian it is, as in
+    steps: Number of steps, each of which costs about two gradients. The larger
+      the gap to the second eigenvalue, the fewer steps are needed.
+    mask: Which leaves span the block of the Hessian, as in
       :func:`optax_asam.asam`.
-    batches: As in :func:`worst_case`: the mean of the eigenvalues of batches.
+    perturbed_dtype: As in :func:`worst_case`.
+    batches: As in :func:`worst_case`; the result is the mean eigenvalue.
 
   Returns:
     The eigenvalue, a scalar, at least float32. It may be negative.
 
   Raises:
-    TypeError: An argument is of the wrong type, or the loss no real scalar.
+    TypeError: An argument is of the wrong type, or the loss is not a real
+      scalar.
     ValueError: An argument is out of its range.
 
   Examples:
@@ -69,18 +72,72 @@ def max_hessian_eigenvalue(
     Paige, `Computational Variants of the Lanczos Method for the Eigenproblem
     <https://doi.org/10.1093/imamat/10.3.373>`_, 1972.
   """
-  _loss.check_arguments(loss_fn, params, 0.0, normalization, mask)
-  _points.check_key(key)
+  _ball.check_arguments(
+    loss_fn, params, 0.0, normalization, mask, perturbed_dtype
+  )
+  _checks.check_key(key)
   _checks.check_count('steps', steps)
-  coordinates = _coordinates.at(params, normalization, mask)
-  center = _loss.origin(params, coordinates)
+  params = _ball.widen(params, perturbed_dtype)
+  coordinates = _geometry.coordinates(params, normalization, mask)
+  center = _ball.origin(params, coordinates)
 
   def on_batch(loss_fn, key):
-    grad_fn = jax.grad(_loss.rise(loss_fn, params, coordinates))
-    return _lanczos.max_eigenvalue(
+    grad_fn = jax.grad(_ball.rise(loss_fn, params, coordinates))
+    return _max_eigenvalue(
       lambda v: jax.jvp(grad_fn, (center,), (v,))[1],
-      _points.normal(key, center),
+      _ball.normal(key, center),
       steps,
     )
 
-  return _loss.mean_over_batches(on_batch, loss_fn, key, batches)
+  return _ball.mean_over_batches(on_batch, loss_fn, key, batches)
+
+
+def _max_eigenvalue(
+  product: Callable[[_ball.Arrays], _ball.Arrays],
+  start: _ball.Arrays,
+  steps: int,
+) -> jax.Array:
+  """The largest eigenvalue of a symmetric operator.
+
+  The coefficients of Paige's recurrence are the diagonals of a tridiagonal
+  matrix whose largest eigenvalue approaches that of the operator from below.
+  Without reorthogonalization some of its eigenvalues are repeated, but all are
+  eigenvalues of the operator.
+
+  Args:
+    product: The operator.
+    start: A random vector, arrays of one dtype, at least float32.
+    steps: Number of products.
+  """
+
+  def step(carry, _):
+    previous, current, beta = carry
+    product_ = product(current)
+    alpha = sum(jnp.sum(x * y) for x, y in zip(product_, current, strict=True))
+    rest = [
+      x - alpha * y - beta * z
+      for x, y, z in zip(product_, current, previous, strict=True)
+    ]
+    next_, next_beta = _normalize(rest)
+    return (current, next_, next_beta), (alpha, next_beta)
+
+  current, _ = _normalize(start)
+  zeros = [jnp.zeros_like(x) for x in start]
+  carry = zeros, current, jnp.zeros([], start[0].dtype)
+  _, coefficients = jax.lax.scan(step, carry, length=steps)
+  alphas, betas = map(jnp.asarray, coefficients)
+  # After as many steps as dimensions, the recurrence ends. The zeros that
+  # follow are not eigenvalues; they are replaced by a number in their range.
+  has_ended = jnp.cumsum(betas[:-1] == 0) > 0
+  alphas = alphas.at[1:].set(jnp.where(has_ended, alphas[0], alphas[1:]))
+  tridiagonal = (
+    jnp.diag(alphas) + jnp.diag(betas[:-1], 1) + jnp.diag(betas[:-1], -1)
+  )
+  return jnp.linalg.eigvalsh(tridiagonal)[-1]
+
+
+def _normalize(x: _ball.Arrays) -> tuple[_ball.Arrays, jax.Array]:
+  """``x`` with norm 1, or zero if it is zero, and its norm."""
+  norm = _ball.l2_norm(x)
+  safe_norm = jnp.where(norm == 0, 1, norm)
+  return [leaf / safe_norm for leaf in x], norm

@@ -1,7 +1,6 @@
 """Projected steepest ascent in a ball of the 2- or the inf-norm."""
 
 from collections.abc import Callable
-import math
 from typing import Any
 from typing import NamedTuple
 
@@ -9,14 +8,15 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from optax_asam import _ball
+from optax_asam import _geometry
+from optax_asam.sharpness import _ball
 from optax_asam.sharpness._step_rules import StepRule
 
 Arrays = list[jax.Array]
 
 
 class _Carry(NamedTuple):
-  """A run of ascent; ``previous`` is the point before the present one."""
+  """The state of a run; ``previous`` is the point before ``point``."""
 
   point: Arrays
   previous: Arrays
@@ -40,16 +40,16 @@ def maximize(
 
   Args:
     fun: A function from u, arrays of one dtype, at least float32, to a scalar.
-    start: Where to begin, inside the ball.
+    start: The first point, inside the ball.
     radius: The radius of the ball.
     p: 2 or inf.
     steps: Number of steps, each of which costs a gradient.
-    rule: How far they go.
-    unroll: As for :func:`jax.lax.scan`.
+    rule: The sizes of the steps.
+    unroll: As in :func:`jax.lax.scan`.
 
   Returns:
-    The best value of all points seen, the start among them, and its point. NaN
-    counts as the best.
+    The largest value at any visited point, ``start`` included, and the point.
+    NaN counts as the largest.
   """
   value_and_grad = jax.value_and_grad(fun)
   dtype = jax.eval_shape(fun, start).dtype
@@ -65,15 +65,15 @@ def maximize(
     best = jnp.where(is_better, value, carry.best)
     size, jump, rule_state = rule.update(carry.rule_state, k, value, best)
     point, grads = _where(jump, (best_point, best_grads), (carry.point, grads))
-    direction, usable = _ball.steepest(grads, p)
-    direction = [jnp.where(usable, x, 0) for x in direction]
+    steepest = zip(*_geometry.steepest_direction(grads, p), strict=True)
+    direction = [jnp.where(is_used, x, 0) for x, is_used in steepest]
     length = size * radius
-    target = project(_combine(1, point, length, direction), radius, p)
-    # Nothing to keep up after a jump, or before the first step.
+    target = _ball.project(_combine(1, point, length, direction), radius, p)
+    # No momentum after a jump, or before the first step.
     weight = jnp.where(jump | (k == 0), 1.0, rule.momentum)
-    kept_up = _combine(2, point, -1, carry.previous)
-    next_point = project(
-      _combine(weight, target, 1 - weight, kept_up), radius, p
+    momentum = _combine(2, point, -1, carry.previous)
+    next_point = _ball.project(
+      _combine(weight, target, 1 - weight, momentum), radius, p
     )
     return (
       _Carry(next_point, point, best_point, best_grads, best, rule_state),
@@ -85,7 +85,7 @@ def maximize(
     previous=start,
     best_point=start,
     best_grads=[jnp.zeros_like(x) for x in start],
-    best=jnp.array(-jnp.inf, dtype),
+    best=-jnp.array(jnp.finfo(dtype).max, dtype),
     rule_state=rule.init(steps, dtype),
   )
   carry, _ = jax.lax.scan(step, carry, jnp.arange(steps), unroll=unroll)
@@ -95,27 +95,12 @@ def maximize(
 def better(
   a: tuple[jax.Array, Arrays], b: tuple[jax.Array, Arrays]
 ) -> tuple[jax.Array, Arrays]:
-  """Of two values with their points the one that is larger, a if equal."""
+  """The larger of two values, with its point; ``a`` if they are equal."""
   return _where(_is_better(b[0], a[0]), b, a)
 
 
-def project(u: Arrays, radius: jax.typing.ArrayLike, p: float) -> Arrays:
-  """The nearest point of the ball."""
-  if p == math.inf:
-    radii = [jnp.asarray(radius, x.dtype) for x in u]
-    return [jnp.clip(x, -r, r) for x, r in zip(u, radii, strict=True)]
-  norm = l2_norm(u)
-  scale = jnp.where(norm > radius, radius / jnp.where(norm > 0, norm, 1), 1)
-  return [scale.astype(x.dtype) * x for x in u]
-
-
-def l2_norm(u: Arrays) -> jax.Array:
-  """The 2-norm of all arrays together."""
-  return jnp.sqrt(sum(jnp.sum(x * x) for x in u))
-
-
 def _is_better(value: jax.Array, best: jax.Array) -> jax.Array:
-  """Whether ``value`` is larger; NaN, which is not to be hidden, is largest."""
+  """Whether ``value`` is larger; NaN, which must not be hidden, is largest."""
   return jnp.isnan(value) | (value > best)
 
 

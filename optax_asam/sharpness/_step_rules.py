@@ -1,4 +1,4 @@
-"""How far the steps of a projected ascent go."""
+"""Step sizes for projected ascent."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -17,12 +17,13 @@ class StepRule(NamedTuple):
   """How far each step goes.
 
   Attributes:
-    momentum: The weight of a step beside that of the one before it: with 1
-      there is no momentum.
-    init: From the number of steps and the dtype of values to a state.
-    update: From a state, the number of the step from 0 on, the value at the
-      present point and the best one so far to the size of the step, in units of
-      the radius, a bool, whether to go on from the best point, and the state.
+    momentum: The weight of a step relative to the previous one; 1 means no
+      momentum.
+    init: A function from the number of steps and the dtype of values to a
+      state.
+    update: A function from a state, the index of the step, the value at the
+      current point and the best value so far to the size of the step, in units
+      of the radius, whether to restart from the best point, and the new state.
   """
 
   momentum: float
@@ -34,7 +35,7 @@ class StepRule(NamedTuple):
 
 
 def fixed_steps(size: float = 0.25) -> StepRule:
-  """A first step to the surface of the ball, then steps of one size.
+  """A first step to the surface of the ball, then steps of a fixed size.
 
   Args:
     size: The size of the steps after the first, in units of the radius.
@@ -43,7 +44,7 @@ def fixed_steps(size: float = 0.25) -> StepRule:
     A rule for the argument ``step_rule`` of :func:`worst_case`.
 
   Raises:
-    TypeError: ``size`` is no real number.
+    TypeError: ``size`` is not a real number.
     ValueError: ``size`` is negative or not finite.
 
   Examples:
@@ -65,16 +66,17 @@ def fixed_steps(size: float = 0.25) -> StepRule:
 
 
 class ApgdState(NamedTuple):
-  """What APGD remembers.
+  """The state of APGD.
 
   Attributes:
     size: The size of the steps.
-    value: The value at the point before.
-    increases: Number of steps since the last checkpoint that went up.
+    value: The value at the previous point.
+    increases: Number of steps since the last checkpoint that increased the
+      value.
     best: The best value at the last checkpoint.
-    halved: Whether the size was halved there.
-    is_checkpoint: bool [steps]: whether one follows a step.
-    window: int [steps]: how many steps it closes.
+    halved: Whether the size was halved at the last checkpoint.
+    is_checkpoint: Whether a checkpoint follows each step, bool [steps].
+    window: Number of steps since the last checkpoint, int32 [steps].
   """
 
   size: jax.Array
@@ -87,7 +89,7 @@ class ApgdState(NamedTuple):
 
 
 def apgd_checkpoints(steps: int) -> list[int]:
-  """The numbers of the steps after which APGD looks back."""
+  """The numbers of steps after which APGD decides whether to halve."""
   fractions = [0.0, 0.22]
   while fractions[-1] < 1:
     width = max(fractions[-1] - fractions[-2] - 0.03, 0.06)
@@ -98,12 +100,12 @@ def apgd_checkpoints(steps: int) -> list[int]:
 
 
 def apgd_steps() -> StepRule:
-  """The rule of Auto-PGD: halves the size of the steps where they stall.
+  """The rule of Auto-PGD: halves the step size when progress stalls.
 
-  Steps of twice the radius at first, each with a quarter of the one before it.
-  At a few points of the way, if fewer than three quarters of the steps since
-  the last such point went up, or none led to a new best point, the size is
-  halved and the run goes on from its best point.
+  Steps start at twice the radius, with momentum 0.25. At a few checkpoints, if
+  fewer than three quarters of the steps since the last one increased the loss,
+  or if there is no new best point, the size is halved and the run restarts from
+  its best point.
 
   Returns:
     A rule for the argument ``step_rule`` of :func:`worst_case`.
@@ -137,11 +139,12 @@ def apgd_steps() -> StepRule:
     )
 
   def update(state, k, value, best):
-    increases = state.increases + ((k > 0) & (value > state.value))
+    went_up = (k > 0) & (value > state.value)
+    increases = state.increases + went_up.astype(jnp.int32)
     is_checkpoint = state.is_checkpoint[k]
-    # A run that starts below zero has not stalled as it climbs.
+    # A run that starts below zero has not stalled while it climbs.
     last_best = jnp.where(k == 0, best, state.best)
-    stalled = (increases < 0.75 * state.window[k]) | (
+    stalled = (4 * increases < 3 * state.window[k]) | (
       ~state.halved & (best <= last_best)
     )
     halve = is_checkpoint & stalled

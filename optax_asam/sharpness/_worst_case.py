@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from optax_asam import _checks
-from optax_asam import _coordinates
+from optax_asam import _geometry
 from optax_asam import _trees
 from optax_asam import normalization as _normalization
-from optax_asam.sharpness import _loss
-from optax_asam.sharpness import _points
+from optax_asam.sharpness import _ball
 from optax_asam.sharpness import _projected_ascent
 from optax_asam.sharpness import _step_rules
 
@@ -21,17 +20,18 @@ _FIXED_STEPS = _step_rules.fixed_steps()
 
 
 def worst_case(
-  loss_fn: _loss.LossFn,
+  loss_fn: _ball.LossFn,
   params: optax.Params,
   rho: chex.Numeric,
   *,
-  normalization: _normalization.Normalization = _loss.ELEMENTWISE,
+  normalization: _normalization.Normalization = _ball.ELEMENTWISE,
   ord: float = 2,
   steps: int = 20,
   step_rule: _step_rules.StepRule = _FIXED_STEPS,
   restarts: int = 1,
   key: jax.Array | None = None,
   mask: _trees.Mask | None = None,
+  perturbed_dtype: Any = jnp.float32,
   batches: Any = None,
   unroll: int | bool = 1,
 ) -> jax.Array:
@@ -40,42 +40,46 @@ def worst_case(
   .. math::
     \max_{\|T_w^{-1} \epsilon\|_p \le \rho} L(w + \epsilon) - L(w)
 
-  by projected steepest ascent. The first run begins at w, and its first step
-  leads to the perturbation of :func:`optax_asam.asam`; the other ones begin at
-  random points of the ball. The best of all points seen counts, w among them:
-  the result is a lower bound of the maximum, never negative, and never smaller
-  with more restarts.
+  by projected steepest ascent. The first run starts at w, and its first step
+  is the perturbation of :func:`optax_asam.asam`; the others start at random
+  points of the ball. The result is the largest rise at any visited point, w
+  included: a lower bound on the maximum, never negative, and never smaller with
+  more restarts.
 
-  One run stays where it begins if the gradient there is zero, and in a large
-  ball of p = inf it may end far below the maximum: give some restarts. Fixed
-  steps do not settle at a maximum inside the ball; those of APGD do.
+  A single run stays where it starts if the gradient there is zero, and in a
+  large ball of p = inf it may end far below the maximum: use restarts. Fixed
+  steps do not converge to a maximum inside the ball; those of APGD do.
 
   Args:
-    loss_fn: A function ``loss_fn(params)`` to a real scalar, or with
+    loss_fn: A function ``loss_fn(params)`` that returns a real scalar, or with
       ``batches`` a function ``loss_fn(params, batch)``.
     params: The parameters w, a pytree of floating arrays.
     rho: The radius :math:`\rho \ge 0`, a number or a traced scalar.
-    normalization: A function from ``params`` to :math:`T_w`; by default that of
-      ASAM, ``normalization.identity()`` for plain sharpness.
+    normalization: A function from ``params`` to :math:`T_w`: by default that of
+      ASAM; ``normalization.identity()`` for sharpness without normalization.
     ord: The exponent p of the ball, 2 or inf.
     steps: Number of steps in a run, each of which costs a gradient.
-    step_rule: How far they go: :func:`fixed_steps` or :func:`apgd_steps`.
+    step_rule: The sizes of the steps: :func:`fixed_steps` or
+      :func:`apgd_steps`.
     restarts: Number of runs.
     key: A random key for the runs after the first.
     mask: Which leaves are perturbed, as in :func:`optax_asam.asam`.
-    batches: None, or a pytree whose leaves have a leading axis of batches. Then
-      the result is the mean over the batches, for each of which the worst point
-      is another.
-    unroll: As for :func:`jax.lax.scan`, for the loop over the steps. On CPU,
-      XLA runs convolutions in a loop many times slower: True avoids that, and
-      compiles as many times longer as there are steps.
+    perturbed_dtype: The dtype of w and w + eps in ``loss_fn``, or each
+      parameter's own if that is wider. None for each parameter's own: bfloat16
+      loses most of a small perturbation.
+    batches: None, or a pytree whose leaves have a leading axis of batches. The
+      result is then the mean over the batches, each with its own worst point.
+    unroll: As in :func:`jax.lax.scan`, for the loop over the steps. On CPU, XLA
+      runs convolutions many times slower in a loop: True avoids that, but
+      compile time grows with the number of steps.
 
   Returns:
     The rise, a scalar in the units of the loss, at least float32. NaN if the
     loss was NaN at any point.
 
   Raises:
-    TypeError: An argument is of the wrong type, or the loss no real scalar.
+    TypeError: An argument is of the wrong type, or the loss is not a real
+      scalar.
     ValueError: An argument is out of its range, or ``key`` is missing.
 
   Examples:
@@ -93,7 +97,9 @@ def worst_case(
     Andriushchenko et al., `A Modern Look at the Relationship between Sharpness
     and Generalization <https://arxiv.org/abs/2302.07011>`_, 2023, section 3.
   """
-  _loss.check_arguments(loss_fn, params, rho, normalization, mask)
+  _ball.check_arguments(
+    loss_fn, params, rho, normalization, mask, perturbed_dtype
+  )
 
   def on_batch(loss_fn, key):
     return worst_perturbation(
@@ -107,47 +113,52 @@ def worst_case(
       restarts=restarts,
       key=key,
       mask=mask,
+      perturbed_dtype=perturbed_dtype,
       unroll=unroll,
     )[0]
 
-  return _loss.mean_over_batches(on_batch, loss_fn, key, batches)
+  return _ball.mean_over_batches(on_batch, loss_fn, key, batches)
 
 
 def worst_perturbation(
-  loss_fn: _loss.LossFn,
+  loss_fn: _ball.LossFn,
   params: optax.Params,
   rho: chex.Numeric,
   *,
-  normalization: _normalization.Normalization = _loss.ELEMENTWISE,
+  normalization: _normalization.Normalization = _ball.ELEMENTWISE,
   ord: float = 2,
   steps: int = 20,
   step_rule: _step_rules.StepRule = _FIXED_STEPS,
   restarts: int = 1,
   key: jax.Array | None = None,
   mask: _trees.Mask | None = None,
+  perturbed_dtype: Any = jnp.float32,
   unroll: int | bool = 1,
 ) -> tuple[jax.Array, optax.Params]:
   r"""The result of :func:`worst_case`, and the perturbation that gives it.
 
   Args:
-    loss_fn: A function ``loss_fn(params)`` to a real scalar.
-    params: As in :func:`worst_case`, and so are the arguments that follow.
+    loss_fn: A function ``loss_fn(params)`` that returns a real scalar.
+    params: The parameters. This and the following arguments are as in
+      :func:`worst_case`.
     rho: The radius.
     normalization: A function from ``params`` to :math:`T_w`.
     ord: The exponent p of the ball, 2 or inf.
     steps: Number of steps in a run.
-    step_rule: How far they go.
+    step_rule: The sizes of the steps.
     restarts: Number of runs.
     key: A random key for the runs after the first.
     mask: Which leaves are perturbed.
-    unroll: As for :func:`jax.lax.scan`.
+    perturbed_dtype: The dtype in which w + eps is formed.
+    unroll: As in :func:`jax.lax.scan`.
 
   Returns:
     The rise of the loss, a scalar, and :math:`\epsilon`, a pytree like
     ``params`` in at least float32.
 
   Raises:
-    TypeError: An argument is of the wrong type, or the loss no real scalar.
+    TypeError: An argument is of the wrong type, or the loss is not a real
+      scalar.
     ValueError: An argument is out of its range, or ``key`` is missing.
 
   Examples:
@@ -160,26 +171,29 @@ def worst_perturbation(
     >>> print(np.asarray(eps).round(3))
     [0.3 0.4]
   """
-  _loss.check_arguments(loss_fn, params, rho, normalization, mask)
-  _points.check_ord(ord)
+  _ball.check_arguments(
+    loss_fn, params, rho, normalization, mask, perturbed_dtype
+  )
+  _checks.check_ord_of_projection(ord)
   _checks.check_count('steps', steps)
   _checks.check_count('restarts', restarts)
   if not isinstance(step_rule, _step_rules.StepRule):
     raise TypeError(
-      f'step_rule must be a rule of steps, but got {step_rule!r}. Write for'
-      f' example step_rule=sharpness.fixed_steps(0.25) or'
+      f'step_rule must be a sharpness.StepRule, but got {step_rule!r}.'
+      f' For example: step_rule=sharpness.fixed_steps(0.25) or'
       f' step_rule=sharpness.apgd_steps().'
     )
   if restarts > 1 and key is None:
     raise ValueError(
       f'key must be given for restarts, but got None for restarts={restarts}.'
-      f' Write for example key=jax.random.key(0).'
+      f' For example: key=jax.random.key(0).'
     )
   if key is not None:
-    _points.check_key(key)
-  coordinates = _coordinates.at(params, normalization, mask)
-  center = _loss.origin(params, coordinates)
-  rise = _loss.rise(loss_fn, params, coordinates)
+    _checks.check_key(key)
+  params = _ball.widen(params, perturbed_dtype)
+  coordinates = _geometry.coordinates(params, normalization, mask)
+  center = _ball.origin(params, coordinates)
+  rise = _ball.rise(loss_fn, params, coordinates)
 
   def run(start):
     return _projected_ascent.maximize(
@@ -187,16 +201,22 @@ def worst_perturbation(
     )
 
   def restart(best, key):
-    point = _points.in_ball(key, center, ord)
-    return _projected_ascent.better(best, run(_points.scale(rho, point))), None
+    point = _ball.in_ball(key, center, ord)
+    return _projected_ascent.better(best, run(_ball.scale(rho, point))), None
 
   best = run(center)
   if restarts > 1 and key is not None:
-    # Those of fewer restarts are the first of these.
+    # More restarts start with the keys of fewer restarts.
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(
       jnp.arange(1, restarts)
     )
     best, _ = jax.lax.scan(restart, best, keys)
   value, u = best
-  # At w it is zero, of which a fused program may miss a bit.
-  return _loss.at_radius(rho, jnp.maximum(value, 0)), coordinates.push(u)
+  eps = jax.tree.map(
+    lambda e, w: jnp.zeros_like(w) if _trees.is_masked(e) else e,
+    coordinates.push(u),
+    params,
+    is_leaf=_trees.is_masked,
+  )
+  # At w the rise is zero, which rounding in a fused program may miss.
+  return _ball.at_radius(rho, jnp.maximum(value, 0)), eps

@@ -1,0 +1,125 @@
+r"""Descents: functions from the clean and the perturbed gradient to one."""
+
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_asam import _checks
+from optax_asam import _trees
+
+Descent = Callable[[optax.Updates, optax.Updates], optax.Updates]
+
+
+def gsam(alpha: chex.Numeric = 0.4) -> Descent:
+  r"""The descent of GSAM, which also reduces the surrogate gap.
+
+  .. math::
+    g' = \tilde g - \alpha \left( g - \frac{\langle g, \tilde g
+    \rangle}{\|\tilde g\|_2^2} \, \tilde g \right)
+
+  with g at w and :math:`\tilde g` at :math:`w + \epsilon`: the part of g that
+  is orthogonal to :math:`\tilde g` is ascended.
+
+  Args:
+    alpha: The weight :math:`\alpha \ge 0`, a number or a traced scalar. The
+      paper uses 0.4 to 0.6, with rho affine in the learning rate.
+
+  Returns:
+    A function for the argument ``descent`` of :func:`optax_asam.asam`. Inner
+    products are taken over the whole tree, in at least float32. Where
+    :math:`\|\tilde g\|` is zero or not finite, it returns :math:`\tilde g`.
+
+  Raises:
+    TypeError: ``alpha`` is not a real number.
+    ValueError: ``alpha`` is negative or not finite.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from optax_asam import descent
+    >>> print(descent.gsam(0.5)(jnp.array([1.0, 1.0]), jnp.array([2.0, 0.0])))
+    [ 2.  -0.5]
+
+  References:
+    Zhuang et al., `Surrogate Gap Minimization Improves Sharpness-Aware Training
+    <https://arxiv.org/abs/2203.08065>`_, 2022, algorithm 1.
+  """
+  _checks.check_scale('alpha', alpha, '0.4')
+
+  def descent(grads, perturbed_grads):
+    squares = _dot(perturbed_grads, perturbed_grads)
+    usable = (squares > 0) & jnp.isfinite(squares)
+    projection = _dot(grads, perturbed_grads) / jnp.where(usable, squares, 1)
+
+    def leaf(g, h):
+      h_wide = _wide(h)
+      rejection = _wide(g) - projection.astype(h_wide.dtype) * h_wide
+      result = h_wide - jnp.asarray(alpha, h_wide.dtype) * rejection
+      return jnp.where(usable, result, h_wide).astype(h.dtype)
+
+    return jax.tree.map(leaf, grads, perturbed_grads)
+
+  return descent
+
+
+def wsam(gamma: chex.Numeric = 0.9) -> Descent:
+  r"""The descent of WSAM, which weights sharpness in the loss.
+
+  .. math::
+    g' = \left( 1 - \frac{\gamma}{1 - \gamma} \right) g +
+    \frac{\gamma}{1 - \gamma} \, \tilde g
+
+  Args:
+    gamma: The weight :math:`0 \le \gamma < 1`, a number or a traced scalar: 0
+      is the base optimizer, 0.5 is SAM or ASAM. The paper uses 0.9.
+
+  Returns:
+    A function for the argument ``descent`` of :func:`optax_asam.asam`.
+
+  Raises:
+    TypeError: ``gamma`` is not a real number.
+    ValueError: ``gamma`` is not in [0, 1).
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from optax_asam import descent
+    >>> print(descent.wsam(0.75)(jnp.array([1.0, 1.0]), jnp.array([2.0, 0.0])))
+    [ 4. -2.]
+
+  References:
+    Yue et al., `Sharpness-Aware Minimization Revisited: Weighted Sharpness as a
+    Regularization Term <https://arxiv.org/abs/2305.15817>`_, 2023, equation 9.
+  """
+  _checks.check_scale('gamma', gamma, '0.9')
+  _checks.check_below_one('gamma', gamma, '0.9')
+
+  def descent(grads, perturbed_grads):
+    def leaf(g, h):
+      h_wide = _wide(h)
+      gamma_ = jnp.asarray(gamma, h_wide.dtype)
+      weight = gamma_ / (1 - gamma_)
+      return ((1 - weight) * _wide(g) + weight * h_wide).astype(h.dtype)
+
+    return jax.tree.map(leaf, grads, perturbed_grads)
+
+  return descent
+
+
+def _wide(x: jax.Array) -> jax.Array:
+  """``x`` in at least float32."""
+  return jnp.asarray(x, _trees.accumulator_dtype(x))
+
+
+def _dot(a: optax.Updates, b: optax.Updates) -> jax.Array:
+  """The inner product of two trees, in at least float32.
+
+  ``optax.tree.vdot`` accumulates bfloat16 in bfloat16.
+  """
+  dtype = _trees.accumulator_dtype(*jax.tree.leaves(b))
+  leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  return sum(
+    (jnp.sum(jnp.asarray(x, dtype) * jnp.asarray(y, dtype)) for x, y in leaves),
+    jnp.zeros([], dtype),
+  )

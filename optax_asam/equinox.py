@@ -1,0 +1,205 @@
+r"""Drop-ins for Equinox's ``filter_value_and_grad`` and ``filter_grad``.
+
+Import this module by name; ``import optax_asam`` does not import Equinox.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import chex
+import equinox as eqx
+import jax
+
+from optax_asam import _checks
+from optax_asam import _estimator
+from optax_asam import _trees
+from optax_asam import descent as _descent
+from optax_asam import normalization as _normalization
+
+
+def filter_value_and_grad(
+  fun: Callable[..., Any],
+  *,
+  has_aux: bool = False,
+  rho: chex.Numeric = 0.5,
+  eta: chex.Numeric = 0.01,
+  adaptive: bool | _normalization.Normalization = True,
+  ord: float = 2,
+  mask: _trees.Mask | None = None,
+  ascent_steps: int = 1,
+  descent: _descent.Descent | None = None,
+  perturbed_dtype: Any = None,
+) -> Callable[..., Any]:
+  r"""The value of ``fun`` and its sharpness-aware gradient, for any module.
+
+  .. math::
+    (L(w), \nabla L(w + \epsilon)), \quad
+    \epsilon = \rho \, \frac{T_w^2 \nabla L(w)}{\|T_w \nabla L(w)\|_2}
+
+  A drop-in for ``equinox.filter_value_and_grad`` with any optimizer. The
+  floating arrays of the first argument are differentiated and perturbed. The
+  value and the auxiliary data, such as an ``equinox.nn.State``, are those of
+  the clean pass. The other arguments, such as a state or a dropout key, are the
+  same in both passes.
+
+  Args:
+    fun: A function that returns a scalar, or with ``has_aux`` a pair of a
+      scalar and auxiliary data.
+    has_aux: Whether ``fun`` returns auxiliary data.
+    rho: The radius :math:`\rho \ge 0`, a number or a traced scalar. Evaluate
+      a schedule in the train step: no updates are counted here.
+    eta: The constant :math:`\eta \ge 0` of element-wise normalization.
+    adaptive: True for element-wise normalization of all but biases, False for
+      none (SAM), or a normalization, such as
+      ``normalization.filterwise(0.01, axis=0)`` for Equinox's convolutions.
+    ord: The exponent p of the ball, in (1, inf].
+    mask: Which of the floating arrays are perturbed: a pytree of bools like the
+      first argument or a prefix of it, or a function from its floating arrays,
+      with None for everything else, to one.
+    ascent_steps: Number of ascent steps, each of which costs a gradient.
+    descent: A function from the clean and the perturbed gradient to the one
+      that is returned; by default the perturbed one.
+    perturbed_dtype: The dtype in which w + eps is formed, as in
+      :func:`optax_asam.sharpness_aware`; by default each parameter's own.
+
+  Returns:
+    A function of the arguments of ``fun`` that returns ``(value, grads)``, or
+    ``((value, aux), grads)`` with ``has_aux``. The gradient is like the first
+    argument, with None in place of everything but floating arrays.
+
+  Raises:
+    TypeError: An argument is of the wrong type, or ``rho`` is a schedule.
+    ValueError: An argument is out of its range.
+
+  Examples:
+    >>> import equinox as eqx
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax_asam.equinox
+    >>> model = eqx.nn.Linear(2, 3, key=jax.random.key(0))
+    >>> loss_fn = lambda model, x: jnp.mean(model(x) ** 2)
+    >>> value_and_grad_fn = optax_asam.equinox.filter_value_and_grad(
+    ...   loss_fn, rho=0.5
+    ... )
+    >>> loss, grads = value_and_grad_fn(model, jnp.ones(2))
+    >>> print(grads.weight.shape)
+    (3, 2)
+
+  References:
+    Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021, algorithm 1.
+  """
+  _checks.check_function('fun', fun, 'filter_value_and_grad(loss_fn, rho=0.5)')
+  tx = _estimator.second_gradient(
+    rho,
+    eta,
+    adaptive,
+    ord=ord,
+    mask=mask,
+    ascent_steps=ascent_steps,
+    descent=descent,
+    perturbed_dtype=perturbed_dtype,
+  )
+  clean_value_and_grad_fn = eqx.filter_value_and_grad(fun, has_aux=has_aux)
+  perturbed_grad_fn = eqx.filter_grad(fun, has_aux=has_aux)
+
+  @functools.wraps(fun)
+  def value_and_grad_fn(*args, **kwargs):
+    if not args:
+      raise TypeError(
+        'The first argument, which is differentiated, must be given by'
+        f' position, but got {sorted(kwargs)} by keyword.'
+        ' For example: value_and_grad_fn(model, x).'
+      )
+    # Copies of the containers, since the clean pass may replace an
+    # eqx.nn.State, which invalidates the old one.
+    leaves, treedef = jax.tree.flatten((args[1:], kwargs))
+    params, static = eqx.partition(args[0], eqx.is_inexact_array)
+    if not jax.tree.leaves(params):
+      raise TypeError(
+        'The first argument, which is differentiated, must hold floating'
+        f' arrays, but got {args[0]!r}. Pass the model first.'
+      )
+    state = tx.init(params)
+    out, grads = clean_value_and_grad_fn(*args, **kwargs)
+
+    def grad_fn(params):
+      args, kwargs = jax.tree.unflatten(treedef, leaves)
+      grads = perturbed_grad_fn(eqx.combine(params, static), *args, **kwargs)
+      return grads[0] if has_aux else grads
+
+    grads, _ = tx.update(grads, state, params, grad_fn=grad_fn)
+    return out, grads
+
+  return value_and_grad_fn
+
+
+def filter_grad(
+  fun: Callable[..., Any],
+  *,
+  has_aux: bool = False,
+  rho: chex.Numeric = 0.5,
+  eta: chex.Numeric = 0.01,
+  adaptive: bool | _normalization.Normalization = True,
+  ord: float = 2,
+  mask: _trees.Mask | None = None,
+  ascent_steps: int = 1,
+  descent: _descent.Descent | None = None,
+  perturbed_dtype: Any = None,
+) -> Callable[..., Any]:
+  r"""The sharpness-aware gradient, a drop-in for ``equinox.filter_grad``.
+
+  .. math::
+    \nabla L(w + \epsilon), \quad
+    \epsilon = \rho \, \frac{T_w^2 \nabla L(w)}{\|T_w \nabla L(w)\|_2}
+
+  Args:
+    fun: A function that returns a scalar, or with ``has_aux`` a pair of a
+      scalar and auxiliary data.
+    has_aux: Whether ``fun`` returns auxiliary data. The following arguments are
+      as in :func:`filter_value_and_grad`.
+    rho: The radius, a number or a traced scalar.
+    eta: The constant of element-wise normalization.
+    adaptive: True, False or a normalization.
+    ord: The exponent p of the ball, in (1, inf].
+    mask: Which of the floating arrays are perturbed.
+    ascent_steps: Number of ascent steps.
+    descent: A function from the clean and the perturbed gradient to the one
+      that is returned.
+    perturbed_dtype: The dtype in which w + eps is formed.
+
+  Returns:
+    A function of the arguments of ``fun`` that returns the gradient, or
+    ``(grads, aux)`` with ``has_aux``.
+
+  Raises:
+    TypeError: An argument is of the wrong type, or ``rho`` is a schedule.
+    ValueError: An argument is out of its range.
+
+  Examples:
+    >>> import equinox as eqx
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax_asam.equinox
+    >>> model = eqx.nn.Linear(2, 3, key=jax.random.key(0))
+    >>> loss_fn = lambda model, x: jnp.mean(model(x) ** 2)
+    >>> grad_fn = optax_asam.equinox.filter_grad(loss_fn, rho=0.5)
+    >>> print(grad_fn(model, jnp.ones(2)).weight.shape)
+    (3, 2)
+
+  References:
+    Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021, algorithm 1.
+  """
+  value_and_grad_fn = filter_value_and_grad(
+    fun,
+    has_aux=has_aux,
+    rho=rho,
+    eta=eta,
+    adaptive=adaptive,
+    ord=ord,
+    mask=mask,
+    ascent_steps=ascent_steps,
+    descent=descent,
+    perturbed_dtype=perturbed_dtype,
+  )
+  return _estimator.without_value(value_and_grad_fn, has_aux)

@@ -1,0 +1,154 @@
+"""The loss over the normalized ball, and points of the ball.
+
+Points are lists of arrays, in the coordinates of ``_geometry``.
+"""
+
+from collections.abc import Callable
+import math
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_asam import _checks
+from optax_asam import _geometry
+from optax_asam import _trees
+from optax_asam import normalization as _normalization
+
+LossFn = Callable[..., Any]
+Arrays = list[jax.Array]
+
+# The default of all measures, as in `asam`.
+ELEMENTWISE = _normalization.elementwise()
+
+
+def rise(
+  loss_fn: LossFn, params: optax.Params, coordinates: _geometry.Coordinates
+) -> Callable[[list[jax.Array]], jax.Array]:
+  """L(w + T u) - L(w) as a function of u."""
+  dtype = _trees.accumulator_dtype(*jax.tree.leaves(params))
+
+  def value(params):
+    value = loss_fn(params)
+    _checks.check_scalar('loss_fn', value)
+    return jnp.asarray(value, dtype)
+
+  base = value(params)
+  return lambda u: value(_geometry.perturb(params, coordinates.push(u))) - base
+
+
+def widen(params: optax.Params, dtype: Any) -> optax.Params:
+  """``params`` in ``dtype``, or in their own dtypes where these are wider."""
+  if dtype is None:
+    return params
+
+  def leaf(w):
+    own = _checks.dtype_of(w)
+    is_wider = jnp.finfo(own).bits > jnp.finfo(dtype).bits
+    return jnp.asarray(w, own if is_wider else dtype)
+
+  return jax.tree.map(leaf, params)
+
+
+def origin(
+  params: optax.Params, coordinates: _geometry.Coordinates
+) -> list[jax.Array]:
+  """The origin of the coordinates."""
+  zeros = [jnp.zeros_like(x) for x in coordinates.pull(params)]
+  if not sum(x.size for x in zeros):
+    raise ValueError(
+      f'params must contain a number to perturb, but there is none in'
+      f' {_checks.describe(params)}. Pass the parameters of the model.'
+    )
+  return zeros
+
+
+def at_radius(rho: chex.Numeric, rise: jax.Array) -> jax.Array:
+  """``rise``, but zero if ``rho`` is zero, unless it is NaN.
+
+  L(w + 0) and L(w) may be summed in different orders.
+  """
+  return jnp.where(jnp.asarray(rho) == 0, 0 * rise, rise)
+
+
+def mean_over_batches(
+  on_batch: Callable[[LossFn, jax.Array | None], jax.Array],
+  loss_fn: LossFn,
+  key: jax.Array | None,
+  batches: Any,
+) -> jax.Array:
+  """``on_batch`` of ``loss_fn``, or its mean over the leading axis."""
+  if batches is None:
+    return on_batch(loss_fn, key)
+  n = _checks.check_batches(batches)
+
+  def on_numbered_batch(numbered):
+    i, batch = numbered
+    batch_key = None if key is None else jax.random.fold_in(key, i)
+    return on_batch(lambda params: loss_fn(params, batch), batch_key)
+
+  return jnp.mean(jax.lax.map(on_numbered_batch, (jnp.arange(n), batches)))
+
+
+def check_arguments(
+  loss_fn: LossFn,
+  params: optax.Params,
+  rho: chex.Numeric,
+  normalization: _normalization.Normalization,
+  mask: _trees.Mask | None,
+  perturbed_dtype: Any,
+) -> None:
+  """Raises unless the arguments that all measures share are valid."""
+  _checks.check_function('loss_fn', loss_fn, 'lambda params: loss(params)')
+  _checks.check_params(params)
+  _checks.check_no_schedule(rho)
+  _checks.check_scale('rho', rho, '0.5')
+  _normalization.check('normalization', normalization)
+  _checks.check_selects_something(mask)
+  _checks.check_perturbed_dtype(perturbed_dtype)
+
+
+def l2_norm(u: Arrays) -> jax.Array:
+  """The 2-norm of all arrays together."""
+  return jnp.sqrt(sum(jnp.sum(x * x) for x in u))
+
+
+def project(u: Arrays, radius: jax.typing.ArrayLike, p: float) -> Arrays:
+  """The nearest point of the ball."""
+  if p == math.inf:
+    radii = [jnp.asarray(radius, x.dtype) for x in u]
+    return [jnp.clip(x, -r, r) for x, r in zip(u, radii, strict=True)]
+  norm = l2_norm(u)
+  scale = jnp.where(norm > radius, radius / jnp.where(norm > 0, norm, 1), 1)
+  return [scale.astype(x.dtype) * x for x in u]
+
+
+def normal(key: jax.Array, zeros: Arrays) -> Arrays:
+  """Independent standard normal numbers, with the shapes of ``zeros``."""
+  return [
+    x + jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
+    for i, x in enumerate(zeros)
+  ]
+
+
+def in_ball(key: jax.Array, zeros: Arrays, p: float) -> Arrays:
+  """A random point, uniform in the unit ball of the p-norm."""
+  if p == math.inf:
+    return [
+      x
+      + jax.random.uniform(
+        jax.random.fold_in(key, i), x.shape, x.dtype, minval=-1
+      )
+      for i, x in enumerate(zeros)
+    ]
+  direction = normal(key, zeros)
+  size = sum(x.size for x in zeros)
+  radius = jax.random.uniform(jax.random.fold_in(key, len(zeros))) ** (1 / size)
+  return scale(radius / l2_norm(direction), direction)
+
+
+def scale(a: chex.Numeric, u: Arrays) -> Arrays:
+  """``a u`` in the dtype of u."""
+  return [jnp.asarray(a, x.dtype) * x for x in u]
