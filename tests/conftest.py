@@ -1,30 +1,43 @@
-"""Eight CPU devices for the tests of parallelism, and float64 on request."""
+"""Eight CPU devices, float64 on request, and profiles of Hypothesis."""
 
 import os
 
-# Read when JAX's backend starts, which nothing here has done yet.
+# Read when JAX's backend starts.
 os.environ['XLA_FLAGS'] = (
   os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
 )
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import pages
+from tests.helpers import pages
+
+# Select one by --hypothesis-profile; the fast one is the default.
+for profile, max_examples in {'fast': 20, 'thorough': 100}.items():
+  hypothesis.settings.register_profile(
+    profile,
+    max_examples=max_examples,
+    deadline=None,  # The first example of a shape compiles.
+    derandomize=True,
+    database=None,
+    print_blob=True,
+  )
+hypothesis.settings.load_profile('fast')
 
 
 @pytest.fixture(scope='module', autouse=True)
 def compiled():
-  """Forgets what a file has compiled, or the programs of all take gigabytes."""
+  """Frees the programs of a file, which together take gigabytes."""
   yield
   jax.clear_caches()
 
 
 @pytest.fixture(scope='module')
 def quickly_compiled():
-  """Leaves out what makes the programs of a file fast, for a short life."""
+  """Skips optimizations in the programs of a file."""
   jax.config.update('jax_disable_most_optimizations', True)
   yield
   jax.config.update('jax_disable_most_optimizations', False)
@@ -50,9 +63,9 @@ def params():
 
 @pytest.fixture
 def snippet(request):
-  """Runs a Python block of the section of a page that the test is named after.
+  """Runs a Python block from the section that the test is named after.
 
-  The module of the test has ``SNIPPETS`` and the ``loss_fn`` that they use.
+  The module of the test defines ``SNIPPETS`` and their ``loss_fn``.
   """
   blocks = request.module.SNIPPETS[request.function.__name__]
 

@@ -1,4 +1,10 @@
-"""Promise: bad input says what is wrong, what came, and what to write."""
+"""Promise: an error says what is wrong, what was given, and what to write.
+
+Of a message, only names, values and code are checked, not its wording: the
+phrases of a case, with ' & ' between them.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +17,13 @@ from optax_asam import asam
 from optax_asam import ascent
 from optax_asam import normalization
 from optax_asam import sam
+from optax_asam import sharpness
 from optax_asam import sharpness_aware
 
 PARAMS = {'dense': {'kernel': jnp.ones((2, 3)), 'bias': jnp.ones(3)}}
+BIAS = "params['dense']['bias']"
 SGD = optax.sgd(0.1)
+KEY = jax.random.key(0)
 
 
 def loss_fn(params):
@@ -28,444 +37,424 @@ def update(tx=None, grads=PARAMS, params=PARAMS, **extra_args):
   return tx.update(grads, tx.init(PARAMS), params, **extra_args)
 
 
-def good_update(tx):
-  """One update of ``tx`` with nothing wrong but ``tx``."""
-  return update(tx, grad_fn=jax.grad(loss_fn))
+GRAD_FN = jax.grad(loss_fn)
+good_update = functools.partial(update, grad_fn=GRAD_FN)
 
 
-def cast(tree, dtype):
-  """The tree in another dtype."""
-  return jax.tree.map(lambda x: x.astype(dtype), tree)
+def assert_raises(error, call, phrases):
+  """Fails unless ``call()`` raises a message with these phrases."""
+  with pytest.raises(error) as info:
+    call()
+  for phrase in phrases.split(' & '):
+    assert phrase in str(info.value), (phrase, str(info.value))
+
+
+# Bad values of a keyword: tuples of error, keyword, value and phrases.
+
+
+def each(error, name, values, phrases='{} & {name}='):
+  """A case for each value, which is ``{}`` in the phrases."""
+  got = str if error is ValueError else repr
+  return [
+    (error, name, value, phrases.format(got(value), name=name))
+    for value in values
+  ]
 
 
 def each_scale(name):
-  """Bad values of a number >= 0, with what the message says of them."""
-  write = f'Write for example {name}='
-  for value in (
-    -0.1,
-    float('nan'),
-    float('inf'),
-    np.float32(-1),
-    np.array(-1.0),
-  ):
-    yield ValueError, {name: value}, [name, str(value), write]
-  for value in ('0.5', None, True, 1j, [0.5]):
-    yield TypeError, {name: value}, [name, repr(value), write]
-  yield TypeError, {name: jnp.ones(3)}, [name, r'shape (3,)', write]
-  yield TypeError, {name: jnp.array(True)}, [name, 'bool', write]
-  yield TypeError, {name: jnp.array(1j)}, [name, 'complex64', write]
+  """Bad values of a number >= 0."""
+  return [
+    *each(
+      ValueError, name, (-0.1, np.nan, np.inf, np.float32(-1), np.array(-1.0))
+    ),
+    *each(ValueError, name, (jnp.array(-1.0), jnp.bfloat16(-1), np.int8(-1))),
+    *each(TypeError, name, ('0.5', None, True, 1j, [0.5])),
+    (TypeError, name, jnp.ones(3), f'(3,) & {name}='),
+    (TypeError, name, jnp.array(True), f'bool & {name}='),
+    (TypeError, name, jnp.array(1j), f'complex64 & {name}='),
+  ]
 
 
 def each_count(name):
   """Bad values of an int >= 1."""
-  write = f'Write for example {name}='
-  for value in (0, -2):
-    yield ValueError, {name: value}, [name, str(value), write]
-  for value in (1.0, '2', None, True, 1.5):
-    yield TypeError, {name: value}, [name, repr(value), write]
-  yield TypeError, {name: jnp.array(2)}, [name, 'array 2', 'static_args']
+  return [
+    *each(ValueError, name, (0, -2)),
+    *each(TypeError, name, (1.0, '2', None, True, 1.5)),
+    (TypeError, name, jnp.array(2), f'{name} & 2 & static_args'),
+  ]
 
 
+NOT_CALLED = normalization.layerwise
 KEYWORDS = [
   *each_scale('rho'),
   *each_scale('eta'),
   *each_count('every_k'),
   *each_count('ascent_steps'),
-  *[
-    (ValueError, {'ord': value}, ['ord', str(value), 'ord=2'])
-    for value in (1, 0.5, 0, -2, float('nan'), -float('inf'))
+  *each(ValueError, 'ord', (1, 0.5, 0, -2, np.nan, -np.inf), '{} & ord=2'),
+  *each(TypeError, 'ord', ('inf', 'fro', None, True), '{} & ord=2'),
+  *each(
+    TypeError,
+    'adaptive',
+    ('filterwise', None, 0.01, 1, {'kernel': 1}),
+    '{} & adaptive=normalization.',
+  ),
+  (TypeError, 'adaptive', NOT_CALLED, 'adaptive=normalization.layerwise()'),
+  *each(TypeError, 'descent', (0.5,)),
+  *each(TypeError, 'perturbed_dtype', ('halff',), "'halff' & {name}=jnp."),
+  (TypeError, 'perturbed_dtype', jnp.int32, 'int32 & perturbed_dtype=jnp.'),
+  *[  # As optax.inject_hyperparams makes them.
+    (TypeError, name, jnp.array(1.0), f'{name} & 1.0 & static_args')
+    for name in ('ord', 'adaptive', 'descent', 'perturbed_dtype')
   ],
-  *[
-    (TypeError, {'ord': value}, ['ord', repr(value), 'ord=2'])
-    for value in ('inf', 'fro', None, True)
-  ],
-  (TypeError, {'ord': jnp.array(2.0)}, ['ord', 'array 2.0', 'static_args']),
-  *[
-    (
-      TypeError,
-      {'adaptive': value},
-      [
-        'adaptive must be True, False or a normalization',
-        repr(value),
-        'normalization.filterwise(0.01)',
-      ],
-    )
-    for value in ('filterwise', None, 0.01, 1, {'kernel': 1})
-  ],
-  (
-    TypeError,
-    {'adaptive': normalization.layerwise},
-    ['adaptive', 'factory layerwise', 'adaptive=normalization.layerwise()'],
-  ),
-  (
-    TypeError,
-    {'adaptive': jnp.array(1.0)},
-    ['adaptive', 'array 1.0', 'static_args'],
-  ),
-  (TypeError, {'descent': 0.5}, ['descent', '0.5', 'descent=lambda']),
-  (
-    TypeError,
-    {'descent': jnp.array(1.0)},
-    ['descent', 'array 1.0', 'static_args'],
-  ),
-  (
-    TypeError,
-    {'perturbed_dtype': 'halff'},
-    ['perturbed_dtype', "'halff'", 'perturbed_dtype=jnp.float32'],
-  ),
-  (
-    TypeError,
-    {'perturbed_dtype': jnp.int32},
-    ['perturbed_dtype', 'int32', 'perturbed_dtype=jnp.float32'],
-  ),
-  (
-    TypeError,
-    {'perturbed_dtype': jnp.float32(1)},
-    ['perturbed_dtype', 'array 1.0', 'static_args'],
-  ),
-  (
-    ValueError,
-    {'mask': {'dense': False}},
-    ['mask', "{'dense': False}", 'mask=None'],
-  ),
+  *each(ValueError, 'mask', ({'dense': False},), '{} & mask=None'),
 ]
 
 
-def assert_says(info, *phrases):
-  """Fails unless the message holds each phrase."""
-  message = str(info.value)
-  for phrase in phrases:
-    assert phrase in message, (phrase, message)
-
-
-@pytest.mark.parametrize(('error', 'kwargs', 'phrases'), KEYWORDS)
-def test_keywords(error, kwargs, phrases):
+@pytest.mark.parametrize(('error', 'name', 'value', 'phrases'), KEYWORDS)
+def test_keywords(error, name, value, phrases):
   """In the factories, before anything is traced."""
-  with pytest.raises(error) as info:
-    asam(SGD, **kwargs)
-  assert_says(info, *phrases)
-  if 'adaptive' not in kwargs and 'eta' not in kwargs:
-    with pytest.raises(error) as info:
-      sam(SGD, **kwargs)
-    assert_says(info, *phrases)
-  if 'every_k' not in kwargs:
-    for factory in (optax_asam.value_and_grad, optax_asam.grad):
-      with pytest.raises(error) as info:
-        factory(loss_fn, **kwargs)
-      assert_says(info, *phrases)
+  factories = [functools.partial(asam, SGD)]
+  if name not in ('adaptive', 'eta'):
+    factories.append(functools.partial(sam, SGD))
+  if name != 'every_k':
+    for estimator in (optax_asam.value_and_grad, optax_asam.grad):
+      factories.append(functools.partial(estimator, loss_fn))
+  for factory in factories:
+    call = functools.partial(factory, **{name: value})
+    assert_raises(error, call, f'{name} & {phrases}')
+
+
+@pytest.mark.parametrize('factory', [asam, sam])
+def test_base_tx(factory):
+  """Likely slips with the first argument."""
+  for call, got in [
+    (lambda f: f(rho=0.5), 'base_tx'),
+    (lambda f: f(0.5), '0.5'),
+    (lambda f: f(optax.sgd), 'sgd'),
+    (lambda f: f(base_tx='sgd'), "'sgd'"),
+    (lambda f: f(None), 'None'),
+    (lambda f: f(loss_fn), 'loss_fn'),
+  ]:
+    phrases = f'base_tx & {got} & {factory.__name__}(optax.sgd(0.1))'
+    assert_raises(TypeError, functools.partial(call, factory), phrases)
+
+
+STEEPEST = ascent.steepest_ascent(normalization.identity())
+KERNEL = {'kernel': jnp.ones((2, 2, 2))}
+MASK = {'dense': {'kernel': True, 'bias': False}}
+MASKED = {'dense': {'kernel': jnp.ones((2, 3)), 'bias': optax.MaskedNode()}}
+LABELS = {'dense': {'kernel': 'asam', 'bias': 'sgd'}}
+NEEDS_PARAMS = 'params & None & update(grads, state, params, '
+GOES_INSIDE = (
+  f'{BIAS} & MaskedNode & asam(optax.partition(...), mask=trainable)'
+)
+AXIS = 'axis=-1 & axis=0'
+BY_POSITION = 'argnums & argnums=0'
+SCHEDULE = optax.constant_schedule(0.5)
+
+
+def partitioned():
+  """The state of a partition around asam."""
+  return optax.partition({'asam': asam(SGD), 'sgd': SGD}, LABELS).init(PARAMS)
+
+
+TYPE_ERRORS = [
+  (lambda: sharpness_aware(normalization.elementwise()), 'steepest_ascent('),
+  (lambda: STEEPEST.init({'w': 1}), "params['w'] & 1"),
+  (lambda: ascent.steepest_ascent(0.01), '0.01 & normalization=normalization.'),
+  (
+    lambda: ascent.steepest_ascent(NOT_CALLED),
+    'normalization=normalization.layerwise()',
+  ),
+  *[
+    (
+      functools.partial(normalization.filterwise, axis=axis),
+      f'{axis!r} & {AXIS}',
+    )
+    for axis in (None, 1.0, 'output', True)
+  ],
+  (
+    lambda: good_update(asam(SGD, adaptive=normalization.not_bias)),
+    f'normalization & {BIAS} & False',
+  ),
+  (lambda: update(grad_fn=3.5), '3.5 & grad_fn='),
+  (lambda: update(value_fn=3.5), '3.5 & value_fn='),
+  (lambda: optax_asam.grad(loss_fn, 0.5), 'argnums & 0.5 & rho=0.5'),
+  (lambda: optax_asam.grad(loss_fn, True), 'argnums & True'),
+  (lambda: asam(SGD, when=10), 'when & 10 & when=lambda step:'),
+  (
+    lambda: good_update(asam(SGD, when=lambda step: step)),
+    'when & int32 & when=lambda step:',
+  ),
+  (
+    lambda: good_update(grads=jax.tree.map(lambda x: x > 0, PARAMS)),
+    f'grads & {BIAS} & bool',
+  ),
+  (lambda: optax_asam.grad(loss_fn, 3)(PARAMS), f'3 & {BY_POSITION}'),
+  (lambda: optax_asam.grad(loss_fn, (0, 1))(PARAMS), f'(0, 1) & {BY_POSITION}'),
+  (lambda: optax_asam.grad(loss_fn)(params=PARAMS), BY_POSITION),
+  *[
+    case
+    for factory in (optax_asam.value_and_grad, optax_asam.grad)
+    for case in [
+      (
+        functools.partial(factory, loss_fn, rho=SCHEDULE),
+        'rho & schedule & rho=schedule(step)',
+      ),
+      (functools.partial(factory, 0.5), 'fun & 0.5 & value_and_grad(loss_fn'),
+    ]
+  ],
+]
+VALUE_ERRORS = [
+  *[
+    (
+      lambda axis=axis: normalization.filterwise(axis=axis)(KERNEL),
+      f'axis={axis} & (2, 2, 2) & {AXIS}',
+    )
+    for axis in (-4, 3, 4)
+  ],
+  (
+    lambda: normalization.elementwise(mask={'w': False, 'activation': None}),
+    "mask & 'w': False & mask=None",
+  ),
+  (
+    lambda: good_update(asam(SGD, adaptive=lambda params: {'dense': 1})),
+    f'normalization & {BIAS}',
+  ),
+  (
+    lambda: good_update(
+      asam(SGD, adaptive=lambda p: jax.tree.map(lambda _: jnp.ones(7), p))
+    ),
+    f'normalization & {BIAS} & (7,) & (3,)',
+  ),
+  (lambda: STEEPEST.update(PARAMS, STEEPEST.init(PARAMS)), NEEDS_PARAMS),
+  (lambda: good_update(params=None), NEEDS_PARAMS),
+  (
+    update,
+    'grad_fn=grad_fn & value_fn=value_fn & neither & apply_gradients'
+    ' & optax_asam.value_and_grad',
+  ),
+  (lambda: good_update(value_fn=loss_fn), 'grad_fn=grad_fn & both'),
+  (lambda: good_update(grads={'dense': {'kernel': 1.0}}), f'grads & {BIAS}'),
+  (
+    lambda: good_update(grads=jax.tree.map(jnp.sum, PARAMS)),
+    f'grads & {BIAS} & () & (3,)',
+  ),
+  (lambda: good_update(grads=(PARAMS, 1.0)), 'grads & tuple'),
+  (
+    lambda: STEEPEST.update([jnp.ones(2)], (), (jnp.ones(2),)),
+    'grads & list & tuple',
+  ),
+  (
+    lambda: good_update(asam(SGD, descent=lambda g, h: (g, h))),
+    'descent & tuple & descent=lambda',
+  ),
+  (lambda: optax.masked(asam(SGD), MASK).init(PARAMS), GOES_INSIDE),
+  (partitioned, GOES_INSIDE),
+  (lambda: good_update(grads=MASKED, params=MASKED), 'MaskedNode'),
+]
 
 
 @pytest.mark.parametrize(
-  ('call', 'phrases'),
+  ('error', 'call', 'phrases'),
   [
-    (lambda f: f(rho=0.5), ['got none']),
-    (lambda f: f(0.5), ['0.5']),
-    (lambda f: f(optax.sgd), ['function sgd', 'not called']),
-    (lambda f: f(base_tx='sgd'), ["'sgd'"]),
-    (lambda f: f(None), ['None']),
-    (lambda f: f(loss_fn), ['function loss_fn', 'not called']),
+    *[(TypeError, *case) for case in TYPE_ERRORS],
+    *[(ValueError, *case) for case in VALUE_ERRORS],
   ],
 )
-@pytest.mark.parametrize('factory', [asam, sam])
-def test_base_tx(factory, call, phrases):
-  """Likely slips with the first argument."""
-  with pytest.raises(TypeError) as info:
-    call(factory)
-  assert_says(info, 'base_tx', f'{factory.__name__}(optax.sgd(0.1))', *phrases)
-
-
-def test_ascent():
-  """What sharpness_aware and steepest_ascent are given."""
-  with pytest.raises(TypeError) as info:
-    sharpness_aware(normalization.elementwise())
-  assert_says(info, 'ascent', 'not called', 'steepest_ascent(')
-  with pytest.raises(TypeError) as info:
-    ascent.steepest_ascent(0.01)
-  assert_says(info, 'normalization', '0.01', 'normalization.filterwise(0.01)')
-  with pytest.raises(TypeError) as info:
-    ascent.steepest_ascent(normalization.elementwise)
-  assert_says(
-    info,
-    'normalization must be a function from params to T_w',
-    'elementwise',
-    'not called',
-    'normalization.elementwise()',
-  )
-  tx = ascent.steepest_ascent(normalization.identity())
-  with pytest.raises(ValueError) as info:
-    tx.update(PARAMS, tx.init(PARAMS))
-  assert_says(info, 'params', 'None', 'update(grads, state, params, ')
-
-
-@pytest.mark.parametrize('axis', [None, 1.0, 'output', True])
-def test_axis(axis):
-  """The axis of a filter is an int."""
-  with pytest.raises(TypeError) as info:
-    normalization.filterwise(axis=axis)
-  assert_says(info, 'axis', repr(axis), 'axis=-1 (Flax, Haiku)')
-
-
-@pytest.mark.parametrize('axis', [-4, 3, 4])
-def test_axis_of_a_kernel(axis):
-  """And one that the kernel has."""
-  with pytest.raises(ValueError) as info:
-    normalization.filterwise(axis=axis)({'kernel': jnp.ones((2, 2, 2))})
-  assert_says(info, f'axis={axis}', '(2, 2, 2)', 'axis=0 (Equinox)')
-
-
-def test_custom_normalization():
-  """A normalization that returns no T_w."""
-  for t, phrases in [
-    (lambda params: {'dense': 1}, ["params['dense']['bias'] is missing"]),
-    (
-      lambda params: jax.tree.map(lambda _: jnp.ones(7), params),
-      ["params['dense']['bias']", '(7,)', '(3,)'],
-    ),
-  ]:
-    with pytest.raises(ValueError) as info:
-      good_update(asam(SGD, adaptive=t))
-    assert_says(info, 'normalization', 'one array or 1', *phrases)
-  with pytest.raises(TypeError) as info:
-    good_update(asam(SGD, adaptive=normalization.not_bias))
-  assert_says(info, 'normalization', 'returned False', 'one array or 1')
-
-
-def test_params():
-  """Update needs params."""
-  with pytest.raises(ValueError) as info:
-    update(params=None, grad_fn=jax.grad(loss_fn))
-  assert_says(info, 'params', 'None', 'tx.update(grads, state, params')
-
-
-def test_grad_fn_or_value_fn():
-  """Exactly one, and a function."""
-  with pytest.raises(ValueError) as info:
-    update()
-  assert_says(info, 'grad_fn', 'value_fn', 'neither', 'grad_fn=grad_fn')
-  with pytest.raises(ValueError) as info:
-    update(grad_fn=jax.grad(loss_fn), value_fn=loss_fn)
-  assert_says(info, 'grad_fn', 'value_fn', 'both', 'grad_fn=grad_fn')
-  for name in ('grad_fn', 'value_fn'):
-    with pytest.raises(TypeError) as info:
-      update(**{name: 3.5})
-    assert_says(info, name, '3.5', f'{name}=lambda params')
+def test_calls(error, call, phrases):
+  """Of all that is not a keyword of asam."""
+  assert_raises(error, call, phrases)
 
 
 @pytest.mark.parametrize('every_k', [1, 2])
 @pytest.mark.parametrize(
-  ('error', 'grad_fn', 'phrases'),
+  ('grad_fn', 'phrases'),
   [
-    (
-      ValueError,
-      lambda p: {'dense': {'kernel': p['dense']['kernel']}},
-      ["params['dense']['bias'] is missing", 'grad_fn=jax.grad(loss_fn)'],
-    ),
-    (
-      ValueError,
-      lambda p: {**p, 'more': jnp.ones(2)},
-      ["params['more'] is unexpected", 'grad_fn=jax.grad(loss_fn)'],
-    ),
-    (
-      ValueError,
-      lambda p: list(p.values()),
-      ["params['dense']['bias'] is missing", 'got a list'],
-    ),
-    (
-      ValueError,
-      jax.grad(lambda p: (loss_fn(p), 1.0), has_aux=True),
-      ['tuple of length 2', 'has_aux', '[0]'],
-    ),
-    (
-      ValueError,
-      jax.value_and_grad(loss_fn),
-      ['tuple of length 2', 'value_and_grad', '[0]'],
-    ),
-    (ValueError, loss_fn, ['shape ()', 'grad_fn=jax.grad(loss_fn)']),
-    (
-      ValueError,
-      lambda p: jax.tree.map(lambda x: x[:1], p),
-      ["params['dense']['bias']", '(1,)', '(3,)'],
-    ),
-    (
-      TypeError,
-      lambda p: cast(p, jnp.float16),
-      ["params['dense']['bias']", 'float16', 'float32'],
-    ),
+    (lambda p: {'dense': {'kernel': p['dense']['kernel']}}, BIAS),
+    (lambda p: {**p, 'more': jnp.ones(2)}, "params['more']"),
+    (lambda p: list(p.values()), f'{BIAS} & list'),
+    (jax.grad(lambda p: (loss_fn(p), 1), has_aux=True), 'has_aux=True & )[0]'),
+    (jax.value_and_grad(loss_fn), 'has_aux=True & )[0]'),
+    (loss_fn, '() & grad_fn=jax.grad(loss_fn)'),
+    (lambda p: jax.tree.map(lambda x: x[:1], p), f'{BIAS} & (1,) & (3,)'),
   ],
 )
-def test_result_of_grad_fn(every_k, error, grad_fn, phrases):
+def test_result_of_grad_fn(every_k, grad_fn, phrases):
   """The first path that differs is named; for a tuple, has_aux."""
-  with pytest.raises(error) as info:
-    update(asam(SGD, every_k=every_k), grad_fn=grad_fn)
-  assert_says(info, 'result of grad_fn', *phrases)
-
-
-@pytest.mark.parametrize(
-  ('value_fn', 'phrase'),
-  [
-    (lambda p: p['dense']['bias'], 'shape (3,)'),
-    (lambda p: (loss_fn(p), 1.0), 'tuple of length 2'),
-    (lambda p: p, 'a dict'),
-    (lambda p: [loss_fn(p)], 'a list'),
-    (lambda p: loss_fn, 'a function'),
-    (lambda p: 'loss', 'a str'),
-    (lambda p: 1, 'an int'),
-    (lambda p: loss_fn(p) + 1j, 'complex64'),
-    (lambda p: loss_fn(p).astype(int), 'int32'),
-  ],
-)
-def test_result_of_value_fn(value_fn, phrase):
-  """A scalar."""
-  with pytest.raises(TypeError) as info:
-    update(value_fn=value_fn)
-  assert_says(info, 'value_fn', 'scalar', phrase, 'loss(p)')
+  call = lambda: update(asam(SGD, every_k=every_k), grad_fn=grad_fn)
+  assert_raises(ValueError, call, f'grad_fn & {phrases}')
 
 
 def test_result_of_grad_fn_for_a_tuple():
   """Where params are a tuple themselves, has_aux is not the reason."""
-  params = jnp.ones(2), jnp.ones(3)
-  with pytest.raises(TypeError) as info:
-    update(
-      optax.chain(sharpness_aware(ascent.rho_ball(0.5, 0.01, True))),
-      grads=params,
-      params=params,
-      grad_fn=lambda p: cast(p, jnp.float16),
-    )
-  assert_says(info, 'params[0]', 'float16', 'grad_fn=jax.grad(loss_fn)')
+  params = (jnp.ones(2), jnp.ones(3))
+  tx = sharpness_aware(ascent.rho_ball(0.5, 0.01, True))
+  with pytest.raises(ValueError) as info:
+    update(tx, params, params, grad_fn=lambda p: (p[0], p[1][:1]))
+  assert 'params[1]' in str(info.value)
   assert 'has_aux' not in str(info.value)
 
 
-def test_argnums():
-  """What is differentiated is passed by position."""
-  for kwargs in ({'argnums': 3}, {'argnums': (0, 1)}):
-    with pytest.raises(TypeError) as info:
-      optax_asam.grad(loss_fn, **kwargs)(PARAMS)
-    assert_says(info, 'argnums', repr(kwargs['argnums']), 'by position')
-  with pytest.raises(TypeError, match='by position'):
-    optax_asam.grad(loss_fn)(params=PARAMS)
+@pytest.mark.parametrize(
+  ('value_fn', 'got'),
+  [
+    (lambda p: p['dense']['bias'], '(3,)'),
+    (lambda p: (loss_fn(p), 1.0), 'tuple'),
+    (lambda p: p, 'dict'),
+    (lambda p: np.float32, 'type'),
+    (lambda p: [loss_fn(p)], 'list'),
+    (lambda p: loss_fn, 'function'),
+    (lambda p: 'loss', 'str'),
+    (lambda p: 1, 'int'),
+    (lambda p: loss_fn(p) + 1j, 'complex64'),
+    (lambda p: loss_fn(p).astype(int), 'int32'),
+  ],
+)
+def test_result_of_value_fn(value_fn, got):
+  """A real scalar."""
+  call = lambda: update(value_fn=value_fn)
+  assert_raises(TypeError, call, f'value_fn & {got} & loss(p)')
 
 
-def test_grads():
-  """The gradients that come in are like params."""
-  for grads, phrase in [
-    ({'dense': {'kernel': 1.0}}, "params['dense']['bias'] is missing"),
-    (jax.tree.map(jnp.sum, PARAMS), "params['dense']['bias'] got ()"),
-    ((PARAMS, 1.0), 'tuple of length 2'),
-  ]:
-    with pytest.raises(ValueError) as info:
-      update(grads=grads, grad_fn=jax.grad(loss_fn))
-    assert_says(info, 'grads must have', phrase, 'Pass the gradient')
-
-
-def test_result_of_descent():
-  """Descent returns a tree like params, too."""
-  tx = asam(SGD, descent=lambda g, h: (g, h))
-  with pytest.raises(ValueError) as info:
-    good_update(tx)
-  assert_says(info, 'result of descent', 'tuple of length 2', 'descent=lambda')
+FITS = 'mask=jax.tree.map('
 
 
 @pytest.mark.parametrize(
   ('error', 'mask', 'phrases'),
   [
-    (ValueError, {'conv': True}, ["'conv'", 'mask=jax.tree.map(']),
-    (
-      ValueError,
-      {'dense': {'kernel': True}},
-      ["'kernel'", "'bias'", 'mask=jax.tree.map('],
-    ),
-    (ValueError, [True], ['[*]', 'mask=jax.tree.map(']),
-    (ValueError, lambda p: {'conv': True}, ["'conv'", 'mask=jax.tree.map(']),
-    (ValueError, lambda p: False, ['selects nothing', 'mask=None']),
-    (TypeError, {'dense': 'yes'}, ["mask['dense']", "'yes'", 'bools']),
-    (TypeError, {'dense': 1}, ["mask['dense']", '1', 'bools']),
-    (TypeError, lambda p: p, ['bools', 'array of shape (3,)', 'static_args']),
-    (TypeError, jnp.array(True), ['bools', 'array of shape ()', 'static_args']),
+    (ValueError, {'conv': True}, f"'conv' & {FITS}"),
+    (ValueError, {'dense': {'kernel': True}}, f"'kernel' & 'bias' & {FITS}"),
+    (ValueError, [True], f'[*] & {FITS}'),
+    (ValueError, lambda p: {'conv': True}, f"'conv' & {FITS}"),
+    (ValueError, lambda p: False, 'mask=None'),
+    (TypeError, {'dense': 'yes'}, f"mask['dense'] & 'yes' & {FITS}"),
+    (TypeError, {'dense': 1}, f"mask['dense'] & 1 & {FITS}"),
+    (TypeError, lambda p: p, f'(3,) & static_args & {FITS}'),
+    (TypeError, jnp.array(True), f'() & static_args & {FITS}'),
   ],
 )
 def test_mask(error, mask, phrases):
-  """A mask that does not fit, selects nothing, or holds no bools."""
-  with pytest.raises(error) as info:
-    good_update(asam(SGD, mask=mask))
-  assert_says(info, 'mask', *phrases)
-  if 'selects nothing' not in phrases:
-    with pytest.raises(error) as info:
-      good_update(asam(SGD, adaptive=normalization.elementwise(mask=mask)))
-    assert_says(info, 'mask', *phrases)
+  """A mask that does not fit, selects nothing, or holds other than bools."""
+  assert_raises(error, lambda: good_update(asam(SGD, mask=mask)), phrases)
+  if phrases != 'mask=None':
+    call = lambda: normalization.elementwise(mask=mask)(PARAMS)
+    assert_raises(error, call, phrases)
 
 
 @pytest.mark.parametrize(
-  'around',
-  [
-    lambda tx: optax.masked(tx, {'dense': {'kernel': True, 'bias': False}}),
-    lambda tx: optax.partition(
-      {'asam': tx, 'sgd': SGD}, {'dense': {'kernel': 'asam', 'bias': 'sgd'}}
-    ),
-  ],
-)
-def test_masked_node(around):
-  """optax.masked and optax.partition go inside."""
-  with pytest.raises(ValueError) as info:
-    around(asam(SGD)).init(PARAMS)
-  assert_says(
-    info,
-    "params['dense']['bias']",
-    'MaskedNode',
-    'asam(optax.partition(...), mask=trainable)',
-  )
-  masked = {'dense': {'kernel': jnp.ones((2, 3)), 'bias': optax.MaskedNode()}}
-  with pytest.raises(ValueError, match='MaskedNode'):
-    update(params=masked, grads=masked, grad_fn=lambda p: p)
-
-
-@pytest.mark.parametrize(
-  ('leaf', 'phrase'),
+  ('leaf', 'got'),
   [
     (jnp.arange(3), 'int32'),
     (jnp.ones(3, jnp.complex64), 'complex64'),
     (jnp.ones(3, bool), 'bool'),
-    (jax.random.key(0), 'key'),
-    (len, 'function len'),
+    (KEY, 'key'),
+    (len, 'len'),
     ('linear', "'linear'"),
   ],
 )
-def test_dtype_of_params(leaf, phrase):
+def test_leaves_of_params(leaf, got):
   """Floating arrays alone."""
   params = {'dense': {'kernel': jnp.ones(3), 'odd': leaf}}
   for call in (
     lambda: asam(SGD).init(params),
     lambda: update(params=params, grads=params, grad_fn=lambda p: p),
     lambda: optax_asam.value_and_grad(lambda p: 0.0)(params),
+    lambda: sharpness.worst_case(lambda p: 0.0, params, 0.1),
   ):
-    with pytest.raises(TypeError) as info:
-      call()
-    assert_says(info, "params['dense']['odd']", phrase, 'floating array')
-
-
-def test_schedule_of_value_and_grad():
-  """There is no count of updates."""
-  for factory in (optax_asam.value_and_grad, optax_asam.grad):
-    with pytest.raises(TypeError) as info:
-      factory(loss_fn, rho=optax.constant_schedule(0.5))
-    assert_says(info, 'rho', 'schedule', 'rho=schedule(step)')
-    with pytest.raises(TypeError) as info:
-      factory(0.5)
-    assert_says(info, 'fun', '0.5', 'value_and_grad(loss_fn')
+    assert_raises(TypeError, call, f"params['dense']['odd'] & {got}")
 
 
 def test_inject_hyperparams():
-  """Without static_args everything that shapes the program is an array."""
+  """Without static_args, what shapes the program becomes an array."""
+  static_args = ['every_k', 'ascent_steps']
   for kwargs, name in [
     ({}, 'ord'),
     ({'adaptive': normalization.layerwise()}, 'adaptive'),
     ({'descent': lambda count: count}, 'descent'),
     ({'perturbed_dtype': jnp.float32}, 'perturbed_dtype'),
   ]:
-    factory = optax.inject_hyperparams(
-      asam,
-      static_args=('every_k', 'ascent_steps', *(['ord'] if kwargs else [])),
-    )
-    with pytest.raises(TypeError) as info:
-      factory(SGD, **kwargs).init(PARAMS)
-    assert_says(info, f'{name} must be known', 'array', 'inject_hyperparams')
-    assert_says(info, "static_args=('base_tx', 'adaptive', 'ord', 'mask',")
+    injected = optax.inject_hyperparams(asam, static_args)(SGD, **kwargs)
+    call = functools.partial(injected.init, PARAMS)
+    write = "static_args=('base_tx', 'adaptive', 'ord', 'mask',"
+    assert_raises(TypeError, call, f'{name} & {write}')
+    static_args = ['every_k', 'ascent_steps', 'ord']
+
+
+# The measures of sharpness.
+
+WORST = (sharpness.worst_case, sharpness.worst_perturbation)
+AVERAGE = (sharpness.average_case,)
+EIGENVALUE = (sharpness.max_hessian_eigenvalue,)
+WITH_RHO = WORST + AVERAGE
+ALL = WITH_RHO + EIGENVALUE
+WITH_BATCHES = (WORST[0], *AVERAGE, *EIGENVALUE)
+BATCHES = 'x.reshape(-1, 128'
+RULE = 'step_rule=sharpness.fixed_steps('
+A_KEY = 'key=jax.random.key(0)'
+# The measures, the error, the keyword, its value, and phrases.
+SHARPNESS = [
+  *[(WITH_RHO, *case) for case in each_scale('rho')],
+  *[(WORST + EIGENVALUE, *case) for case in each_count('steps')],
+  *[(WORST, *case) for case in each_count('restarts')],
+  *[(AVERAGE, *case) for case in each_count('samples')],
+  (WITH_RHO, TypeError, 'rho', loss_fn, 'loss_fn & rho=0.5'),
+  (ALL, TypeError, 'loss_fn', 3.5, '3.5 & lambda params'),
+  (ALL, TypeError, 'loss_fn', lambda p: p['dense']['bias'], '(3,) & .mean()'),
+  (ALL, TypeError, 'loss_fn', lambda p: (1.0, 1.0), 'tuple & loss(p)[0]'),
+  (
+    ALL,
+    TypeError,
+    'normalization',
+    0.01,
+    '0.01 & normalization=normalization.',
+  ),
+  (ALL, TypeError, 'normalization', NOT_CALLED, '=normalization.layerwise()'),
+  (ALL, ValueError, 'mask', False, 'mask=None'),
+  (ALL, ValueError, 'mask', lambda p: False, 'mask=None'),
+  *[(WITH_RHO, *case) for case in each(ValueError, 'ord', (1, 3, np.nan))],
+  (WITH_RHO, TypeError, 'ord', 'inf', "'inf' & ord="),
+  (AVERAGE, ValueError, 'distribution', 'gauss', "'gauss' & ='normal'"),
+  (WORST, TypeError, 'step_rule', sharpness.apgd_steps, f'apgd_steps & {RULE}'),
+  (WORST, TypeError, 'step_rule', 0.25, f'0.25 & {RULE}'),
+  (WORST, ValueError, 'restarts', 2, f'restarts=2 & {A_KEY}'),
+  (ALL, TypeError, 'key', 0, f'0 & {A_KEY}'),
+  (ALL, TypeError, 'key', jnp.ones(2), f'1. & {A_KEY}'),
+  (AVERAGE + EIGENVALUE, TypeError, 'key', None, f'None & {A_KEY}'),
+  (ALL, ValueError, 'params', {}, 'params & dict'),
+  (ALL, ValueError, 'params', jnp.ones((0, 2)), 'params & (0, 2)'),
+  *[
+    (WITH_BATCHES, ValueError, 'batches', batches, f'{got} & {BATCHES}')
+    for batches, got in [
+      ((jnp.ones(3), jnp.ones(2)), '[(3,), (2,)]'),
+      (jnp.ones((0, 2)), '[(0, 2)]'),
+      ((jnp.ones(3), 1.0), '[(3,), ()]'),
+      ((), '[]'),
+    ]
+  ],
+]
+
+
+@pytest.mark.parametrize(
+  ('measures', 'error', 'name', 'value', 'phrases'), SHARPNESS
+)
+def test_sharpness(measures, error, name, value, phrases):
+  """Of the measures of sharpness."""
+  right = {'loss_fn': loss_fn, 'params': PARAMS, 'rho': 0.1, 'key': KEY}
+  if name == 'restarts':
+    del right['key']
+  for measure in measures:
+    given = right | {name: value}
+    if measure in EIGENVALUE:
+      del given['rho']
+    call = functools.partial(measure, **given)
+    assert_raises(error, call, f'{name} & {phrases}')
+
+
+@pytest.mark.parametrize(
+  ('error', 'name', 'value', 'phrases'), each_scale('size')
+)
+def test_size(error, name, value, phrases):
+  """Of the fixed steps."""
+  call = functools.partial(sharpness.fixed_steps, **{name: value})
+  assert_raises(error, call, f'{name} & {phrases}')

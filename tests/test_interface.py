@@ -7,21 +7,22 @@ import pytest
 
 import optax_asam
 from optax_asam import ascent
+from optax_asam import descent
 from optax_asam import normalization
 
 SIGNATURES = {
   optax_asam.asam: (
     '(base_tx, rho=0.5, eta=0.01, adaptive=True, *, ord=2, mask=None,'
-    ' ascent_steps=1, every_k=1, descent=None, axis_name=None,'
+    ' ascent_steps=1, every_k=1, when=None, descent=None, axis_name=None,'
     ' perturbed_dtype=None)'
   ),
   optax_asam.sam: (
     '(base_tx, rho=0.05, *, ord=2, mask=None, ascent_steps=1, every_k=1,'
-    ' descent=None, axis_name=None, perturbed_dtype=None)'
+    ' when=None, descent=None, axis_name=None, perturbed_dtype=None)'
   ),
   optax_asam.sharpness_aware: (
-    '(ascent, descent=None, *, ascent_steps=1, every_k=1, axis_name=None,'
-    ' perturbed_dtype=None)'
+    '(ascent, descent=None, *, ascent_steps=1, every_k=1, when=None,'
+    ' axis_name=None, perturbed_dtype=None)'
   ),
   optax_asam.value_and_grad: (
     '(fun, argnums=0, has_aux=False, *, rho=0.5, eta=0.01, adaptive=True,'
@@ -33,6 +34,9 @@ SIGNATURES = {
   ),
   ascent.steepest_ascent: '(normalization, *, ord=2, mask=None)',
   ascent.rho_ball: '(rho, eta, adaptive, *, ord=2, mask=None)',
+  ascent.friendly: '(sigma=1.0, decay=0.9)',
+  descent.gsam: '(alpha=0.4)',
+  descent.wsam: '(gamma=0.9)',
   normalization.identity: '()',
   normalization.elementwise: '(eta=0.01, mask=not_bias)',
   normalization.filterwise: '(eta=0.01, axis=-1, mask=not_bias)',

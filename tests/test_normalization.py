@@ -5,60 +5,51 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from optax_asam import normalization
-import reference
-from support import error
+from tests.helpers import cases
+from tests.helpers.support import error
 
-CASES = {
-  'elementwise': (normalization.elementwise(0.1), reference.elementwise(0.1)),
-  'filterwise': (normalization.filterwise(0.1), reference.filterwise(0.1)),
-  'axis 0': (
-    normalization.filterwise(0.1, axis=0),
-    reference.filterwise(0.1, axis=0),
-  ),
-  'axis 1': (
-    normalization.filterwise(0.1, axis=1),
-    reference.filterwise(0.1, axis=1),
-  ),
-  'axis -3': (
-    normalization.filterwise(0.1, axis=-3),
-    reference.filterwise(0.1, axis=-3),
-  ),
-  'layerwise': (normalization.layerwise(0.1), reference.layerwise(0.1)),
+SHAPES = [(), (3,), (2, 3), (4, 2, 3), (3, 4, 2, 5), (2, 2, 3, 2, 2)]
+# With eta = 0.5, those whose T is not 1.
+NOT_ONE = {
+  name: cases.make_normalization(name, 0.5)[0]
+  for name in cases.OPERATORS
+  if name != 'identity'
 }
 
 
-@pytest.mark.parametrize('case', CASES)
-def test_operator(x64, case):
+def test_operator(x64):
   """Each operator against NumPy, on every number of dimensions."""
   rng = np.random.default_rng(0)
-  params = [
-    rng.standard_normal(shape)
-    for shape in [(), (3,), (2, 3), (4, 2, 3), (3, 4, 2, 5), (2, 2, 3, 2, 2)]
-  ]
-  library, operator = CASES[case]
-  t = jax.jit(library)(params)
-  broadcast = jax.tree.map(lambda t, w: jnp.broadcast_to(t, w.shape), t, params)
-  assert error(broadcast, jax.tree.map(operator, params)) < 1e-14
+  params = [rng.standard_normal(shape) for shape in SHAPES]
+  for name in cases.NORMALIZATIONS:
+    t, operator = cases.make_normalization(name, 0.1)
+    broadcast = jax.tree.map(
+      lambda t, w: jnp.broadcast_to(jnp.asarray(t, float), w.shape),
+      t(params),
+      params,
+    )
+    assert error(broadcast, jax.tree.map(operator, params)) < 1e-14, name
 
 
 def test_zero_filters():
   """Where a filter or a leaf is zero, T = eta."""
   kernel = jnp.array([[[3.0, 0.0], [4.0, 0.0]]])
-  t = normalization.filterwise(0.5)(kernel)
-  np.testing.assert_array_equal(t, [[[5.5, 0.5]]])
-  assert normalization.layerwise(0.5)(0 * kernel) == 0.5
+  np.testing.assert_array_equal(NOT_ONE['filterwise'](kernel), [[[5.5, 0.5]]])
+  assert NOT_ONE['layerwise'](0 * kernel) == 0.5
 
 
-@pytest.mark.parametrize('bad', [jnp.nan, jnp.inf])
-def test_bad_weights(bad):
-  """NaN and infinity reach T, so that nothing is perturbed by guesswork."""
-  kernel = jnp.array([[[bad, 1.0]]])
-  for t in (normalization.elementwise(0.5), normalization.filterwise(0.5)):
-    np.testing.assert_array_equal(t(kernel), [[[bad, 1.5]]])
-  np.testing.assert_array_equal(normalization.layerwise(0.5)(kernel), [[[bad]]])
+def test_bad_weights():
+  """NaN and infinity reach T, so that the perturbation is zero."""
+  for bad in (jnp.nan, jnp.inf):
+    for name, expected in [
+      ('elementwise', [[[bad, 1.5]]]),
+      ('filterwise', [[[bad, 1.5]]]),
+      ('layerwise', [[[bad]]]),
+    ]:
+      t = NOT_ONE[name](jnp.array([[[bad, 1.0]]]))
+      np.testing.assert_array_equal(t, expected)
 
 
 def test_at_least_float32(x64):
@@ -69,14 +60,12 @@ def test_at_least_float32(x64):
     (jnp.float32, jnp.float32),
     (jnp.float64, jnp.float64),
   ]:
-    for t in (
-      normalization.elementwise(0.01),
-      normalization.filterwise(jnp.float64(0.01)),
-      normalization.layerwise(np.float32(0.01)),
-    ):
-      leaf = t({'kernel': jnp.full((1, 1, 1), 2, dtype)})['kernel']
-      assert leaf.dtype == wide
-      np.testing.assert_allclose(np.float64(leaf), 2.01, rtol=1e-6)
+    for name in NOT_ONE:
+      for eta in (0.01, jnp.float64(0.01), np.float32(0.01)):
+        t, _ = cases.make_normalization(name, eta)
+        leaf = t({'kernel': jnp.full((1, 1, 1), 2, dtype)})['kernel']
+        assert leaf.dtype == wide
+        np.testing.assert_allclose(np.float64(leaf), 2.01, rtol=1e-6)
 
 
 def test_python_ones():
@@ -90,6 +79,8 @@ def test_python_ones():
     assert t(params)['bias'] is 1  # noqa: F632
     assert t(params)['kernel'] is not 1  # noqa: F632
   assert normalization.identity()(params) == {'kernel': 1, 'bias': 1}
+  # A tree of biases alone is a SAM step, not an error.
+  assert normalization.elementwise()({'bias': jnp.ones(2)}) == {'bias': 1}
 
 
 def test_traced_eta():
@@ -106,32 +97,24 @@ class Layer(NamedTuple):
 
 
 def test_not_bias():
-  """The last name on the path decides, and wrappers are no names."""
+  """The last name on the path that is not a wrapper decides."""
   x = jnp.ones(2)
+  names = ('bias', 'biases', 'bias_hh', 'in_proj_bias', 'b', 'b1', 'b_hh')
+  names += ('beta', 'offset')
+  others = ('biased', 'unbiased', 'kernel', 'embedding', 'scale')
+  others += ('bw', 'lora_b', 'relative_position_bias_table')
   params = {
     'biases': {
-      'bias': x,
-      'bias_hh': x,
-      'bias_n': x,
-      'b': x,
-      'beta': x,
-      'offset': x,
+      **dict.fromkeys((*names, 'net/dense/bias', 'layers.0.bias'), x),
       'listed': {'bias': [x, x]},
       'variable': {'bias': {'value': x}},
       'raw': {'bias': {'raw_value': x}},
-      'net/dense/bias': x,
-      'layers.0.bias': x,
       'flat': {('net', 'dense', 'bias'): x},
     },
     'others': {
-      'biased': x,
-      'unbiased': x,
-      'kernel': x,
-      'embedding': x,
-      'scale': x,
+      **dict.fromkeys((*others, 'layers.0.weight'), x),
       'nested': {'bias': {'kernel': x}},
       'attention': {'value': x, 'query': {'kernel': x}},
-      'layers.0.weight': x,
       'flat': {('bias', 'kernel'): x},
       'numbered': {7: x},
     },
@@ -142,18 +125,9 @@ def test_not_bias():
   }
   assert normalization.not_bias(params) == expected
   assert normalization.not_bias(Layer(x, x)) == Layer(True, False)
-
-
-def test_not_bias_without_names():
-  """In a tree without names everything is normalized."""
-  x = jnp.ones(2)
+  # In a tree without names everything is normalized.
   assert normalization.not_bias([x, (x, x)]) == [True, (True, True)]
   assert normalization.not_bias(x) is True
-
-
-def test_only_biases():
-  """A tree of biases alone is a SAM step, not an error."""
-  assert normalization.elementwise()({'bias': jnp.ones(2)}) == {'bias': 1}
 
 
 def test_callable_mask_of_bools():
@@ -183,10 +157,6 @@ def test_callable_mask_of_bools():
 
 
 def test_none_in_params():
-  """None is no leaf: Equinox's filtered trees hold it."""
-  params = {'w': jnp.ones(2), 'activation': None}
-  t = normalization.elementwise(0.5)(params)
+  """None is not a leaf: Equinox's filtered trees hold it."""
+  t = normalization.elementwise(0.5)({'w': jnp.ones(2), 'activation': None})
   assert t['activation'] is None
-  mask = {'w': False, 'activation': None}
-  with pytest.raises(ValueError, match='selects nothing'):
-    normalization.elementwise(0.5, mask=mask)

@@ -1,8 +1,7 @@
 """Promise: around every base, what Optax asks of its optimizers holds.
 
-The names of the tests say what that is. Where a base alone breaks a promise,
-it is in a table here with the reason, and what is promised is that nothing is
-added to that.
+Where a base alone breaks a promise, it is in a table here with the reason, and
+the wrapper must not add to it.
 """
 
 import functools
@@ -10,60 +9,28 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
 import numpy as np
 import optax
 import pytest
 
 from optax_asam import asam
 from optax_asam import ascent
-from optax_asam import normalization
 from optax_asam import sam
 from optax_asam import sharpness_aware
-from support import BASES
-from support import LINE_SEARCHES
-from support import assert_same_bits
-from support import error
-from support import update_on
+from tests.helpers.cases import ASCENTS
+from tests.helpers.cases import BASES
+from tests.helpers.cases import FAST_BASES
+from tests.helpers.cases import LINE_SEARCHES
+from tests.helpers.cases import WRAPPERS
+from tests.helpers.cases import update_on
+from tests.helpers.support import assert_same_bits
+from tests.helpers.support import error
 
 RHO, ETA = 0.3, 0.05
-
-# The public transformations, around a base ...
-WRAPPERS = {
-  'asam': lambda base_tx: asam(base_tx, RHO, ETA),
-  'sam': lambda base_tx: sam(base_tx, RHO),
-  'sharpness_aware': lambda base_tx: optax.chain(
-    sharpness_aware(
-      optax.chain(
-        ascent.steepest_ascent(normalization.filterwise(ETA), ord=jnp.inf),
-        optax.scale(RHO),
-      )
-    ),
-    base_tx,
-  ),
-  'every_k': lambda base_tx: asam(
-    base_tx,
-    RHO,
-    ord=3,
-    ascent_steps=2,
-    every_k=2,
-    descent=lambda g, perturbed_g: optax.tree.add(g, perturbed_g),
-  ),
-}
-# ... and on their own.
-ASCENTS = {
-  'steepest_ascent': ascent.steepest_ascent(normalization.layerwise(ETA)),
-  'rho_ball': ascent.rho_ball(RHO, ETA, True),
-}
-
 DTYPES = {
-  **{
-    dtype: {'kernel': dtype, 'bias': dtype}
-    for dtype in ('float16', 'bfloat16', 'float32', 'float64')
-  },
-  'mixed': {'kernel': 'bfloat16', 'bias': 'float32'},
-  'mixed with float64': {'kernel': 'float16', 'bias': 'float64'},
+  **{dtype: (dtype, dtype) for dtype in ('bfloat16', 'float32', 'float64')},
+  'mixed': ('bfloat16', 'float32'),
+  'mixed with float64': ('float16', 'float64'),
 }
 
 # What of Optax breaks a promise alone: in 0.2.7 and later exactly this, so that
@@ -75,11 +42,6 @@ RETYPES = {  # Changes types: in the second call JAX compiles once more.
     ' tree the step size promotes the updates'
   ),
   'backtracking': 'the report of the search starts with a weakly typed number',
-}
-UNSHARDED = {  # Raises for a sharded tree, so it gets a replicated one.
-  'muon': 'multiplies the sharded kernel by its transpose',
-  'lbfgs': 'optax.tree.vdot does not say how its result is sharded',
-  'backtracking': 'optax.tree.vdot does not say how its result is sharded',
 }
 UNMAPPED = {  # optax.tree.map_params raises.
   'lbfgs': 'init asks for the dtype of the first leaf of a tree without any',
@@ -107,29 +69,19 @@ update = functools.partial(update_on, loss_fn)
 
 
 def make_params(dtypes='float32'):
-  """A dense layer whose dimensions eight devices can share."""
+  """A dense layer."""
   rng = np.random.default_rng(0)
+  kernel, bias = DTYPES[dtypes]
   return {
-    'kernel': jnp.asarray(
-      rng.standard_normal((8, 4)), DTYPES[dtypes]['kernel']
-    ),
-    'bias': jnp.asarray(rng.standard_normal(4), DTYPES[dtypes]['bias']),
+    'kernel': jnp.asarray(rng.standard_normal((8, 4)), kernel),
+    'bias': jnp.asarray(rng.standard_normal(4), bias),
   }
 
 
 def types(tree):
-  """What JAX compiles for: shape, dtype, weak type and sharding of leaves."""
-
-  def sharding_type(x):
-    return jax.typeof(x).sharding.spec if hasattr(jax, 'typeof') else None
-
+  """What JAX compiles for: shape, dtype and weak type of leaves."""
   return {
-    jax.tree_util.keystr(path): (
-      x.shape,
-      x.dtype,
-      x.weak_type,
-      sharding_type(x),
-    )
+    jax.tree_util.keystr(path): (x.shape, x.dtype, x.weak_type)
     for path, x in jax.tree.leaves_with_path(tree)
   }
 
@@ -137,8 +89,8 @@ def types(tree):
 def retyped(base, tx, params):
   """The leaves of updates and state whose types an update of ``tx`` changes.
 
-  ``lax.cond`` and ``lax.scan`` check structures, shapes, dtypes and shardings,
-  for which nothing needs to be compiled.
+  ``lax.cond`` and ``lax.scan`` check structures, shapes and dtypes, for which
+  nothing needs to be compiled.
   """
   changed = set()
 
@@ -163,8 +115,13 @@ def retyped(base, tx, params):
   return changed
 
 
-def assert_types_kept(base, params, wrappers=WRAPPERS):
-  """Fails if a wrapper changes types that ``base`` alone does not change."""
+@pytest.mark.parametrize('dtypes', DTYPES)
+@pytest.mark.parametrize('base', BASES)
+def test_types(base, dtypes, request):
+  """Updates and states keep structure, shapes and dtypes in cond and scan."""
+  if 'float64' in dtypes:
+    request.getfixturevalue('x64')
+  params = make_params(dtypes)
   try:
     alone = retyped(base, BASES[base](), params)
   except TypeError as exception:
@@ -172,85 +129,13 @@ def assert_types_kept(base, params, wrappers=WRAPPERS):
       raise
     pytest.skip(f'in this Optax {base} alone is not stable: {exception}')
   assert not KNOWN or bool(alone) == (base in RETYPES)
-  for name in wrappers:
+  # The wrappers differ where dtypes do, if anywhere.
+  for name in WRAPPERS if dtypes == 'mixed' else ('asam',):
     changed = retyped(base, WRAPPERS[name](BASES[base]()), params)
     # The state of the base is the second of two.
     assert changed == {path.replace('state', 'state[1]') for path in alone}
-
-
-@pytest.mark.parametrize('dtypes', DTYPES)
-@pytest.mark.parametrize('base', BASES)
-def test_types(base, dtypes, request):
-  """Updates and states keep structure, shapes and dtypes in cond and scan."""
-  if 'float64' in dtypes:
-    request.getfixturevalue('x64')
-  # The wrappers differ where dtypes do, if anywhere.
-  wrappers = WRAPPERS if dtypes == 'mixed' else ('asam',)
-  assert_types_kept(base, make_params(dtypes), wrappers)
-
-
-@pytest.mark.parametrize('dtypes', DTYPES)
-@pytest.mark.parametrize('tx', ASCENTS)
-def test_types_of_ascents(tx, dtypes, request):
-  """A perturbation has the types of the parameters."""
-  if 'float64' in dtypes:
-    request.getfixturevalue('x64')
-  assert not retyped('sgd', ASCENTS[tx], make_params(dtypes))
-
-
-def make_mesh():
-  """Eight devices, and shardings that are part of the types."""
-  if not hasattr(jax, 'set_mesh'):
-    pytest.skip('this JAX has no explicit meshes')
-  explicit = jax.sharding.AxisType.Explicit
-  return jax.make_mesh((4, 2), ('x', 'y'), axis_types=(explicit, explicit))
-
-
-def shard(mesh, params):
-  """The kernel over both axes, the bias over one."""
-  specs = {'kernel': PartitionSpec('x', 'y'), 'bias': PartitionSpec('y')}
-  return {
-    name: jax.device_put(w, NamedSharding(mesh, specs[name]))
-    for name, w in params.items()
-  }
-
-
-@pytest.mark.parametrize('base', [*BASES, *ASCENTS])
-def test_sharding_types(base):
-  """Updates and states keep their shardings, too."""
-  mesh = make_mesh()
-  with jax.set_mesh(mesh):
-    params = shard(mesh, make_params())
-    if base in ASCENTS:
-      assert not retyped('sgd', ASCENTS[base], params)
-      return
-    if base in UNSHARDED:
-      with pytest.raises(Exception, match='sharded'):
-        retyped(base, BASES[base](), params)
-      replicated = NamedSharding(mesh, PartitionSpec())
-      params = jax.device_put(params, replicated)
-    assert_types_kept(base, params)
-
-
-def test_sharded_steps():
-  """Two steps on eight devices are those on one, and move no parameter."""
-  tx = asam(optax.adam(0.1), RHO, ETA)
-  step = jax.jit(functools.partial(update, 'adam', tx))
-
-  def run(params):
-    state = tx.init(params)
-    for _ in range(2):
-      updates, state = step(state, params)
-      params = optax.apply_updates(params, updates)
-    return params
-
-  expected = run(make_params())
-  mesh = make_mesh()
-  with jax.set_mesh(mesh):
-    params = shard(mesh, make_params())
-    result = run(params)
-  assert all(result[k].sharding == params[k].sharding for k in params)
-  assert error(jax.device_get(result), jax.device_get(expected)) < 1e-6
+  for tx in ASCENTS.values() if base == 'sgd' else ():
+    assert not retyped('sgd', tx, params)
 
 
 # What is compiled and run: asam around every base, and the others once each.
@@ -263,14 +148,22 @@ RUNS = {
   },
   **{name: ('sgd', tx) for name, tx in ASCENTS.items()},
 }
+SLOW = [base for base in BASES if base not in FAST_BASES]
 
 
-@functools.cache
-def started(name):
-  """A compiled step, parameters and state after a step, number of compilations.
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW))
+    for name in RUNS
+  ],
+)
+def test_compiled_once_and_restored(name, tmp_path):
+  """A step compiles once; from a file, the next step is the same.
 
   In a mixed tree, so that bfloat16 is written and read, too.
   """
+  serialization = pytest.importorskip('flax.serialization')
   base, tx = RUNS[name]
 
   @jax.jit
@@ -282,62 +175,18 @@ def started(name):
   # Without the weak types of RETYPES, which would compile once more.
   state = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), state)
   carry = step(params, state)
-  step(*carry)
-  return step, carry, step._cache_size()
-
-
-def fresh(name):
-  """Parameters and state before the first step."""
-  params = make_params('mixed')
-  return jax.tree.map(jnp.zeros_like, params), RUNS[name][1].init(params)
-
-
-@pytest.mark.parametrize('name', RUNS)
-def test_compiled_once(name):
-  """The second call compiles nothing."""
-  _, _, compilations = started(name)
-  assert compilations == 1
-
-
-@pytest.mark.parametrize('name', RUNS)
-def test_flax_serialization(name, tmp_path):
-  """Restored from a file of flax.serialization, the next step is the same."""
-  serialization = pytest.importorskip('flax.serialization')
-  step, carry, _ = started(name)
+  after = step(*carry)
+  assert step._cache_size() == 1
   path = tmp_path / 'checkpoint'
   path.write_bytes(serialization.to_bytes(carry))
-  restored = serialization.from_bytes(fresh(name), path.read_bytes())
-  assert_same_bits(step(*restored), step(*carry))
-
-
-def test_orbax(tmp_path):
-  """Restored from a checkpoint of Orbax, the next steps are the same."""
-  orbax = pytest.importorskip('orbax.checkpoint')
-  carries = {name: started(name)[1] for name in RUNS}
-  targets = {name: fresh(name) for name in RUNS}
-  with orbax.StandardCheckpointer() as checkpointer:
-    checkpointer.save(tmp_path / 'checkpoint', carries)
-    checkpointer.wait_until_finished()
-    restored = checkpointer.restore(tmp_path / 'checkpoint', targets)
-  for name, carry in carries.items():
-    step, _, _ = started(name)
-    # Orbax commits arrays to a device, which would compile once more.
-    assert_same_bits(step(*jax.device_get(restored[name])), step(*carry))
+  fresh = jax.tree.map(jnp.zeros_like, params), tx.init(params)
+  restored = serialization.from_bytes(fresh, path.read_bytes())
+  assert_same_bits(step(*restored), after)
 
 
 @pytest.mark.parametrize('base', BASES)
-def test_init_under_eval_shape(base):
-  """The structure of a state is known without making one."""
-  params = make_params('mixed')
-  for wrap in WRAPPERS.values():
-    tx = wrap(BASES[base]())
-    state, abstract = tx.init(params), jax.eval_shape(tx.init, params)
-    chex.assert_trees_all_equal_shapes_and_dtypes(abstract, state)
-
-
-@pytest.mark.parametrize('base', BASES)
-def test_map_params(base):
-  """It maps what the base keeps for each parameter; ours it leaves alone."""
+def test_init_and_map_params(base):
+  """``eval_shape`` works, and ``map_params`` maps the base's state alone."""
   params, add_one = make_params(), lambda x: x + 1
   base_tx = BASES[base]()
   if base in UNMAPPED:
@@ -348,20 +197,20 @@ def test_map_params(base):
   of_base = optax.tree.map_params(base_tx, add_one, base_tx.init(params))
   for wrap in WRAPPERS.values():
     tx = wrap(base_tx)
-    state = tx.init(params)
-    same = optax.tree.map_params(tx, lambda x: x, state)
-    assert_same_bits(same, state)
+    state, abstract = tx.init(params), jax.eval_shape(tx.init, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(abstract, state)
     mapped = optax.tree.map_params(tx, add_one, state)
     assert_same_bits(mapped, (state[0], of_base))
 
 
-def spy(seen):
-  """Writes the extra arguments that reach it into ``seen``."""
+def spy(seen, name=None):
+  """Writes extra arguments into ``seen``; multiplies by that of ``name``."""
 
   def update_fn(updates, state, params=None, **extra_args):
     del params
     seen.update(extra_args)
-    return updates, state
+    factor = extra_args.get(name, 1)
+    return jax.tree.map(lambda u: factor * u, updates), state
 
   return optax.GradientTransformationExtraArgs(
     lambda params: optax.EmptyState(), update_fn
@@ -370,31 +219,23 @@ def spy(seen):
 
 @pytest.mark.parametrize('base', [b for b in BASES if b not in LINE_SEARCHES])
 def test_extra_args(base):
-  """Unknown ones reach ascent and base, and disturb none that takes none."""
+  """Ascent and base see them, and transformations that take none do not."""
   params = make_params()
   in_ascent, in_base = {}, {}
   tx = optax.chain(
     sharpness_aware(
-      optax.chain(ASCENTS['rho_ball'], spy(in_ascent)),
+      optax.chain(ascent.rho_ball(1.0, ETA, True), spy(in_ascent, 'radius'))
     ),
     BASES[base](),
-    spy(in_base),
+    spy(in_base, 'factor'),
   )
-  updates, _ = update(base, tx, tx.init(params), params, unknown=1)
-  assert in_ascent == {'unknown': 1}
-  assert in_base.keys() == {'unknown', 'grad_fn'}
+  own = {'radius': RHO, 'factor': 2.0}
+  updates, _ = update(base, tx, tx.init(params), params, **own)
+  assert in_ascent == own
+  assert in_base.keys() == {*own, 'grad_fn'}
   tx = asam(BASES[base](), RHO, ETA)
-  expected, _ = update(base, tx, tx.init(params), params)
-  assert_same_bits(updates, expected)
-
-
-@pytest.mark.parametrize('tx', ASCENTS)
-def test_extra_args_of_ascents(tx):
-  """On their own they take none, and ``with_extra_args_support`` drops them."""
-  tx, params = ASCENTS[tx], make_params()
-  updates, _ = update('sgd', tx, tx.init(params), params, unknown=1)
-  expected, _ = tx.update(jax.grad(loss_fn)(params), tx.init(params), params)
-  assert_same_bits(updates, expected)
+  expected, _ = update(base, tx, tx.init(params), params, unknown=1)
+  assert error(updates, jax.tree.map(lambda u: 2 * u, expected)) < 1e-5
 
 
 @pytest.mark.parametrize('base', LINE_SEARCHES)
@@ -418,63 +259,40 @@ def test_extra_args_of_line_searches(base):
   assert seen.keys() == {'value', 'grad'}
 
 
-# L-BFGS would compile its search five times; backtracking stands for it.
-@pytest.mark.parametrize('base', [b for b in BASES if b != 'lbfgs'])
-def test_ways_to_give_rho(base):
-  """A number, a constant schedule and an injected number: the same bits.
-
-  What is written into the injected state counts from the next step on.
-  """
-  params = make_params()
-  plain = asam(BASES[base](), RHO, ETA)
-  scheduled = asam(BASES[base](), optax.constant_schedule(RHO), ETA)
-  injected = optax.inject_hyperparams(asam, static_args=STATIC_ARGS)(
-    BASES[base](), RHO, ETA
-  )
-  updates, state = update(base, plain, plain.init(params), params)
-  of_schedule = update(base, scheduled, scheduled.init(params), params)
-  assert_same_bits(of_schedule, (updates, state))
-  of_injected = update(base, injected, injected.init(params), params)
-  assert_same_bits(of_injected[0], updates)
-  assert_same_bits(of_injected[1].inner_state, state)
-
-  changed = asam(BASES[base](), 2 * RHO, 3 * ETA)
-  expected, _ = update(base, changed, state, params)
-  of_injected[1].hyperparams['rho'] *= 2
-  of_injected[1].hyperparams['eta'] *= 3
-  assert_same_bits(update(base, injected, of_injected[1], params)[0], expected)
-
-
 SGD = BASES['sgd']()
 INJECTED_BALL = optax.inject_hyperparams(
   ascent.rho_ball, static_args=('adaptive', 'ord', 'mask')
 )(RHO, ETA, True)
+# Transformations whose radius is in the state, and the same with a number.
+INJECTED = {
+  'asam': (
+    optax.inject_hyperparams(asam, static_args=STATIC_ARGS)(SGD, RHO, ETA),
+    lambda rho: asam(SGD, rho, ETA),
+  ),
+  'sam': (
+    optax.inject_hyperparams(
+      sam, static_args=[a for a in STATIC_ARGS if a != 'adaptive']
+    )(SGD, RHO),
+    lambda rho: sam(SGD, rho),
+  ),
+  'sharpness_aware': (
+    optax.chain(sharpness_aware(INJECTED_BALL), SGD),
+    lambda rho: asam(SGD, rho, ETA),
+  ),
+  'rho_ball': (INJECTED_BALL, lambda rho: ascent.rho_ball(rho, ETA, True)),
+}
 
 
-@pytest.mark.parametrize(
-  ('injected', 'plain'),
-  [
-    (
-      optax.inject_hyperparams(
-        sam, static_args=[a for a in STATIC_ARGS if a != 'adaptive']
-      )(SGD, RHO),
-      lambda rho: sam(SGD, rho),
-    ),
-    (
-      optax.chain(sharpness_aware(INJECTED_BALL), SGD),
-      lambda rho: asam(SGD, rho, ETA),
-    ),
-    (INJECTED_BALL, lambda rho: ascent.rho_ball(rho, ETA, True)),
-  ],
-  ids=['sam', 'sharpness_aware', 'rho_ball'],
-)
-def test_inject_hyperparams(injected, plain):
-  """The same for the other transformations that have a radius."""
+@pytest.mark.parametrize('name', INJECTED)
+def test_inject_hyperparams(name):
+  """An injected radius gives the bits of a number, and of a schedule."""
+  injected, plain = INJECTED[name]
   params = make_params()
   state = injected.init(params)
   for rho in (RHO, 2 * RHO):
+    # What is written into the state counts from the next step on.
     state = optax.tree.set(state, rho=jnp.float32(rho))
     updates, state = update('sgd', injected, state, params)
-    tx = plain(rho)
-    expected, _ = update('sgd', tx, tx.init(params), params)
-    assert_same_bits(updates, expected)
+    for tx in (plain(rho), plain(optax.constant_schedule(rho))):
+      expected, _ = update('sgd', tx, tx.init(params), params)
+      assert_same_bits(updates, expected)

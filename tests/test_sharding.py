@@ -1,7 +1,6 @@
-"""Promise: eight devices take the steps of one, however arrays are split.
+"""Promise: eight devices take the steps of one, however arrays are sharded.
 
-Here ``jax.jit`` gets arrays that say how. For ``shard_map`` and ``pmap`` see
-test_axis_name.py.
+Under ``jax.jit``; for ``shard_map`` and ``pmap`` see test_axis_name.py.
 """
 
 import functools
@@ -16,24 +15,16 @@ import numpy as np
 import optax
 import pytest
 
-import network
 from optax_asam import asam
-from support import SHARDY
-from support import error
+from tests.helpers import network
+from tests.helpers.support import SHARDY
+from tests.helpers.support import error
 
 STEPS = 10
-TOLERANCES = {np.float32: 5e-6, np.float64: 1e-12}
 
 
 class Layout(NamedTuple):
-  """How arrays lie on the eight devices.
-
-  Attributes:
-    mesh: The sizes of the mesh's axes, by name.
-    params: The split of each parameter.
-    batch: The split of the batch.
-    explicit: Whether shardings are part of the types of arrays.
-  """
+  """Sizes of the mesh's axes, shardings, and whether they are explicit."""
 
   mesh: dict[str, int]
   params: dict[str, P]
@@ -99,10 +90,7 @@ def make_train_step(tx, gather=lambda params: params, out_shardings=None):
 
 
 def init(tx, params, mesh):
-  """The state, its scalars on all devices, where a step will leave them.
-
-  Else the second step, which would find them elsewhere, compiles once more.
-  """
+  """The state, its scalars on all devices, where a step leaves them."""
   whole = NamedSharding(mesh, P())
   return jax.tree.map(
     lambda x: x if x.shape else jax.device_put(x, whole), tx.init(params)
@@ -110,10 +98,7 @@ def init(tx, params, mesh):
 
 
 def make_tx(ord):
-  """ASAM around SGD with momentum, whose state is as large as the parameters.
-
-  At p = inf rho is the part of itself by which each weight moves.
-  """
+  """ASAM around SGD with momentum; at p = inf rho is relative to weights."""
   return asam(
     optax.sgd(0.1, momentum=0.9), rho=0.5 if ord == 2 else 0.05, ord=ord
   )
@@ -134,25 +119,22 @@ def assert_split_like(tree, params, mesh, specs):
 
 
 @functools.cache
-def one_device(dtype, ord):
+def one_device(ord):
   """Parameters, state and the gradient before, of each step on one device."""
   tx = make_tx(ord)
-  params = network.make_params(dtype)
+  params = network.make_params(np.float64)
   step, carry = make_train_step(tx), (params, tx.init(params))
   results = []
   for _ in range(STEPS):
-    *carry, grads = step(*carry, network.make_batch(dtype))
+    *carry, grads = step(*carry, network.make_batch(np.float64))
     results.append(jax.device_get((*carry, grads)))
   return results
 
 
 @pytest.mark.parametrize('ord', [2, np.inf])
-@pytest.mark.parametrize('dtype', [np.float32, np.float64])
 @pytest.mark.parametrize('name', LAYOUTS)
-def test_layout(request, name, dtype, ord):
-  """One step and ten are those of one device, and all stays split."""
-  if dtype == np.float64:
-    request.getfixturevalue('x64')
+def test_layout(x64, name, ord):
+  """One step and ten are those of one device, and shardings are kept."""
   layout = LAYOUTS[name]
   if layout.explicit and not hasattr(jax.sharding, 'AxisType'):
     pytest.skip('JAX has no explicit meshes yet')
@@ -167,23 +149,23 @@ def test_layout(request, name, dtype, ord):
 
   tx = make_tx(ord)
   params = jax.device_put(
-    network.make_params(dtype),
+    network.make_params(np.float64),
     {leaf: NamedSharding(mesh, spec) for leaf, spec in layout.params.items()},
   )
   batch = jax.device_put(
-    network.make_batch(dtype), NamedSharding(mesh, layout.batch)
+    network.make_batch(np.float64), NamedSharding(mesh, layout.batch)
   )
   carry = params, init(tx, params, mesh)
   out_shardings = None
   if not SHARDY:  # Results that are not laid out may be split further.
     out_shardings = jax.tree.map(lambda x: x.sharding, (*carry, params))
   step = make_train_step(tx, gather, out_shardings)
-  # Parameters, as many of momentum, and step, perturbed_value and count.
+  # Parameters, as many of momentum, and three scalars.
   assert assert_split_like(carry, params, mesh, layout.params) == 11
-  for i, expected in enumerate(one_device(dtype, ord)):
+  for i, expected in enumerate(one_device(ord)):
     *carry, grads = step(*carry, batch)
     assert_split_like((carry, grads), params, mesh, layout.params)
     if ord == np.inf:
       network.assert_signs_are_certain(expected[2])
     if i in (0, STEPS - 1):
-      assert error((*carry, grads), expected) <= TOLERANCES[dtype]
+      assert error((*carry, grads), expected) < 1e-12

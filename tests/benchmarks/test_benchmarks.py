@@ -1,0 +1,282 @@
+"""Promise: what the benchmarks read from compiled programs is what is there.
+
+And ASAM adds to two gradients nothing but all-reduces of scalars.
+"""
+
+import functools
+import json
+import math
+import pathlib
+import re
+
+import jax
+from jax.flatten_util import ravel_pytree
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+import pytest
+
+from benchmarks import collectives
+from benchmarks import compiled
+from benchmarks import large_models
+from benchmarks import steps
+from benchmarks import tpu_aot
+from benchmarks.compiled import Collective
+from optax_asam import sharpness_aware
+from tests.helpers.support import SHARDY
+from tests.helpers.support import error
+from tests.helpers.support import shard_map
+
+ROOT = pathlib.Path(__file__).parents[2]
+DEVICES = 8
+
+
+def test_program():
+  """Collectives of each kind with their sizes and groups; loops multiply."""
+  mesh = jax.make_mesh((4, 2), ('a', 'b'))
+
+  def function(x):
+    def inner(x, _):
+      return jnp.sin(jax.lax.psum(x, 'a')), None
+
+    def outer(x, _):
+      x, _ = jax.lax.scan(inner, x, None, length=5)
+      return jax.lax.ppermute(x, 'b', [(0, 1), (1, 0)]), None
+
+    x, _ = jax.lax.scan(outer, x, None, length=3)
+    scattered = jax.lax.psum_scatter(x, ('a', 'b'), tiled=True)
+    return (
+      jax.lax.all_gather(x, 'b'),
+      scattered,
+      jax.lax.all_to_all(x.astype(jnp.int8), 'a', 0, 0, tiled=True),
+    )
+
+  mapped = shard_map(
+    function, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False
+  )
+  program = jax.jit(mapped).lower(jnp.ones(16)).compile()
+  assert sorted(compiled.read(program).collectives) == [
+    Collective('all-gather', 2 * 64, groups=4, group_size=2, count=1),
+    Collective('all-reduce', 64, groups=2, group_size=4, count=15),
+    Collective('all-to-all', 16, groups=2, group_size=4, count=1),
+    Collective('collective-permute', 64, groups=8, group_size=2, count=3),
+    Collective('reduce-scatter', 8, groups=1, group_size=8, count=1),
+  ]
+  lines = re.findall(r'^ .* = ', program.as_text(), re.MULTILINE)
+  assert compiled.instructions(program) == len(lines)
+
+
+# As XLA for TPU writes programs: loops without trip counts, layouts with
+# parentheses, and asynchronous collectives repeated in what they overlap with.
+LOOP = """\
+HloModule loop, num_partitions=8
+
+%body (state: (s32[], f32[8,4], s32[])) -> (s32[], f32[8,4], s32[]) {
+  %state = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)S(1)}, s32[]) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%state), index=0
+  %x = f32[8,4]{1,0:T(8,128)S(1)} get-tuple-element(%state), index=1
+  %step = s32[] get-tuple-element(%state), index=2
+  %next = s32[] add(%i, %step)
+  %sum = f32[8,4]{1,0:T(8,128)S(1)} all-reduce(%x), replica_groups={}
+  ROOT %result = (s32[], f32[8,4], s32[]) tuple(%next, %sum, %step)
+}
+
+%condition (state.1: (s32[], f32[8,4], s32[])) -> pred[] {
+  %end = s32[] constant(12)
+  %state.1 = (s32[], f32[8,4], s32[]) parameter(0)
+  %i.1 = s32[] get-tuple-element(%state.1), index=0
+  ROOT %less = pred[] compare(%i.1, %end), direction=LT
+}
+
+ENTRY %main (x.1: f32[8,4]) -> f32[8,4] {
+  %first = s32[] constant(4)
+  %step.1 = s32[] constant(3)
+  %start = s32[] copy(%first)
+  %x.1 = f32[8,4]{1,0} parameter(0)
+  %state.2 = (s32[], f32[8,4], s32[]) tuple(%start, %x.1, /*index=2*/%step.1)
+  %loop = (s32[], f32[8,4], s32[]) while(%state.2), condition=%condition, \
+body=%body
+  ROOT %y = f32[8,4]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+FUSED = """\
+HloModule fused, num_replicas=2, num_partitions=4
+
+%begin (a: f32[4]) -> (f32[4], f32[8]) {
+  %a = f32[4] parameter(0)
+  %g = f32[8] all-gather(%a), channel_id=6, replica_groups=[4,2]<=[8], \
+frontend_attributes={chain_id="0"}
+  ROOT %c = (f32[4], f32[8]) custom-call(%g), \
+custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (b: f32[4]) -> (f32[4], f32[8]) {
+  %b = f32[4] parameter(0)
+  %g.1 = f32[8] all-gather(%b), channel_id=6, replica_groups=[4,2]<=[8], \
+frontend_attributes={chain_id="0"}
+  %n = f32[4] negate(%b)
+  ROOT %t = (f32[4], f32[8]) tuple(%n, %g.1)
+}
+
+%all-reduce-scatter.1 (c.1: f32[16]) -> f32[4] {
+  %c.1 = f32[16] parameter(0)
+  %r = f32[16] all-reduce(%c.1), replica_groups={{0,2,4,6},{1,3,5,7}}
+  ROOT %s = f32[4] dynamic-slice(%r, %i), dynamic_slice_sizes={4}
+}
+
+ENTRY %main (x: f32[16]) -> f32[4] {
+  %x = f32[16] parameter(0)
+  %f = (f32[4], f32[8]) fusion(%x), kind=kCustom, calls=%begin
+  %h = (f32[4], f32[8]) fusion(%f), kind=kOutput, calls=%beside
+  %k = f32[4] fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+  %u = (f32[4]{0}, f32[8]{0}) all-gather-start(%k), replica_groups=[2,4]<=[8]
+  %d = f32[8]{0} all-gather-done(%u)
+  ROOT %m = (f32[4]{0:T(128)(2,1)S(1)}, /*index=1*/bf16[2,3]) all-reduce(%k, \
+%k), replica_groups=mesh['m'=2,'n'=4], device_ids=([4,2]T(1,0)) {'n'}
+}
+"""
+
+
+@pytest.mark.parametrize(
+  ('text', 'expected'),
+  [
+    # Iterations 4, 7 and 10 are below 12.
+    (LOOP, [Collective('all-reduce', 8 * 4 * 4, 1, 8, 3)]),
+    (
+      FUSED,
+      [
+        Collective('all-gather', 32, 4, 2, 1),
+        Collective('reduce-scatter', 16, 2, 4, 1),
+        Collective('all-gather', 32, 2, 4, 1),
+        Collective('all-reduce', 16 + 12, 2, 4, 1),
+      ],
+    ),
+  ],
+)
+def test_tpu_programs(text, expected):
+  """The collectives of programs in the form of TPU's compiler."""
+  assert compiled.collectives(text) == expected
+
+
+def test_loop_of_unknown_length():
+  """A collective in it is an error."""
+  text = LOOP.replace('constant(12)', 'custom-call()')
+  with pytest.raises(ValueError, match='sum is in a loop of unknown length'):
+    compiled.collectives(text)
+
+
+@functools.cache
+def cost(layout, step):
+  """The cost of one of the steps that are compared."""
+  return collectives.measure(layout, DEVICES, step)
+
+
+def compare(layout, found):
+  """What a cost has in addition to two gradients, and what is wrong with it."""
+  reference = cost(layout, 'two gradients')
+  added = compiled.added(found.collectives, reference.collectives)
+  return added, steps.objections(
+    added,
+    found.temporary_bytes - reference.temporary_bytes,
+    collectives.network(layout, DEVICES),
+    by_axis=True,
+  )
+
+
+@pytest.mark.skipif(not SHARDY, reason='the old partitioner divides otherwise')
+@pytest.mark.parametrize('layout', collectives.LAYOUTS)
+def test_scalars_alone(layout):
+  """ASAM adds scalar all-reduces, and at most two copies of parameters."""
+  added, objections = compare(layout, cost(layout, 'asam'))
+  assert objections == []
+  # The norm of shards takes a sum over devices, that of whole arrays none.
+  assert bool(added) == (layout != 'replicated')
+
+
+def test_gathering_norm_is_found():
+  """A norm that gathers the parameters fails the check above."""
+  norm = lambda grads: jnp.linalg.norm(ravel_pytree(grads)[0])
+  ascent = optax.stateless(
+    lambda grads, params: optax.tree.scale(0.05 / norm(grads), grads)
+  )
+  tx = optax.chain(sharpness_aware(ascent), collectives.BASE_TX)
+  step = steps.sharp_step(collectives.loss_fn, tx)
+  net = collectives.network('2-D', DEVICES)
+  found = collectives.compile_for(net, step, tx.init)
+  _, objections = compare('2-D', compiled.read(found))
+  assert any('all-gather' in objection for objection in objections)
+
+
+def test_steps():
+  """The four steps are those of their names, with one structure of state."""
+  loss_fn = lambda w, x: jnp.sum((w - x) ** 2) / 2
+  w, x = np.array([1.0, -2.0, 3.0]), np.array([4.0, 2.0, -1.0])
+  init, all_steps = steps.make_steps(
+    loss_fn, optax.sgd(0.1), rho=0.2, sam_rho=0.3, eta=0.5
+  )
+  g, t = w - x, np.abs(w) + 0.5
+  perturbations = {
+    'base': 0,
+    'two gradients': 0.01 * g,
+    'sam': 0.3 * g / np.linalg.norm(g),
+    'asam': 0.2 * t**2 * g / np.linalg.norm(t * g),
+  }
+  assert list(all_steps) == list(perturbations) == list(steps.NAMES)
+  params = jnp.asarray(w, jnp.float32)
+  for name, step in all_steps.items():
+    state = init(params)
+    result, new_state = step(params, state, jnp.asarray(x, jnp.float32))
+    assert jax.tree.structure(new_state) == jax.tree.structure(state)
+    expected = w - 0.1 * (w + perturbations[name] - x)
+    assert error(result, np.asarray(expected, np.float32)) < 1e-6
+
+
+def test_networks():
+  """They have as many parameters as what they are named after."""
+  for make_network, parameters in tpu_aot.MODELS.values():
+    assert large_models.count(make_network(8).params) == parameters
+
+
+def recorded(name):
+  """The recorded results of a benchmark."""
+  path = ROOT / 'benchmarks' / 'results' / f'{name}.json'
+  return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+  ('page', 'name', 'make_table'),
+  [
+    ('docs/devices.md', 'collectives', collectives.table),
+    ('docs/tpu.md', 'tpu_aot memory', tpu_aot.memory_table),
+    ('docs/tpu.md', 'tpu_aot collectives', tpu_aot.collectives_table),
+    ('docs/tpu.md', 'tpu_aot added', tpu_aot.added_table),
+    (
+      'benchmarks/README.md',
+      'collectives',
+      functools.partial(collectives.table, numbers=(8,)),
+    ),
+    ('benchmarks/README.md', 'tpu_aot added', tpu_aot.added_table),
+  ],
+)
+def test_pages(page, name, make_table):
+  """The marked tables are those of the recorded results."""
+  results = recorded(name.split()[0])
+  if 'tpu_aot' in name:
+    results = results['cases']
+  mark = f'<!-- {name} -->\n\n{make_table(results)}\n\n<!-- end -->'
+  assert mark in (ROOT / page).read_text()
+
+
+def test_recorded_results():
+  """None of the recorded programs has more than scalars in addition."""
+  cases = [case for case in recorded('tpu_aot')['cases'] if 'added' in case]
+  assert len(cases) == 6
+  for case in cases:
+    network = tpu_aot.MODELS[case['model']][0](math.prod(case['mesh'].values()))
+    added = [Collective(**each) for each in case['added']['collectives']]
+    temporary_bytes = case['added']['temporary_bytes']
+    assert steps.objections(added, temporary_bytes, network) == []
+    more = [each._replace(bytes=each.bytes + 4096) for each in added]
+    assert steps.objections(more, temporary_bytes, network)
+    assert steps.objections(added, 2**40, network)

@@ -1,0 +1,34 @@
+"""Promise: pages are plain Markdown, and their links resolve."""
+
+import re
+
+import pytest
+
+from tests.helpers import pages
+
+PAGES = sorted(
+  path
+  for path in pages.ROOT.rglob('*.md')
+  if not {'out', '_build'} & set(path.parts)
+  and not any(
+    part.startswith('.') for part in path.relative_to(pages.ROOT).parts
+  )
+)
+
+
+@pytest.mark.parametrize(
+  'path', PAGES, ids=lambda path: str(path.relative_to(pages.ROOT))
+)
+def test_page(path):
+  """Relative links, their anchors, and no syntax that only Sphinx knows."""
+  page = path.read_text()
+  for target, anchor in pages.links(page):
+    if target.startswith(('https://', 'http://', 'mailto:')):
+      continue
+    linked = (path.parent / target).resolve() if target else path
+    assert linked.exists(), target
+    if anchor:
+      assert anchor in pages.anchors(linked.read_text()), f'{target}#{anchor}'
+  assert not re.search(r'\{[a-z:]+\}`', page), 'a role of Sphinx'
+  directives = set(re.findall(r'^```+\{(.*?)\}', page, re.MULTILINE))
+  assert directives <= {'toctree', 'eval-rst'}

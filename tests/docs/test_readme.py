@@ -1,0 +1,144 @@
+"""Promise: the README's programs run and its numbers are in the results."""
+
+import json
+
+import equinox as eqx
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import optax
+
+import optax_asam
+import optax_asam.equinox
+import optax_asam.nnx
+from tests.helpers import pages
+from tests.helpers.support import error
+
+README = (pages.ROOT / 'README.md').read_text()
+BATCH = jnp.ones((4, 3)), jnp.zeros((4, 2))
+
+
+def loss_fn(params, batch):
+  """The loss of the first program."""
+  x, y = batch
+  return jnp.mean((x @ params['kernel'] + params['bias'] - y) ** 2)
+
+
+def test_train_step():
+  """The first program descends the sharpness-aware gradient."""
+  (program,) = pages.blocks(README)
+  assert pages.blocks(pages.read_page('index'))[0] in program
+  params = {'kernel': jnp.ones((3, 2)), 'bias': jnp.zeros(2)}
+  grads = optax_asam.grad(loss_fn, rho=0.5)(params, BATCH)
+  expected = jax.tree.map(lambda w, g: w - 0.1 * g, params, grads)
+  names = {}
+  exec(program, names)
+  assert error(names['params'], expected) < 1e-6
+
+
+def lines(index):
+  """The line before and after the change of a diff."""
+  before, after = pages.blocks(README, 'diff')[index].splitlines()
+  return before.removeprefix('- '), after.removeprefix('+ ')
+
+
+def results(names, code):
+  """The loss and the gradient, as a tuple of kernel and bias."""
+  names = pages.run_snippet(code, **names)
+  return names['loss'], names['grads'], names.get('aux')
+
+
+def assert_drop_in(index, names, leaves, params):
+  """Both lines give the same loss, the second one the gradient of ASAM."""
+  (loss, grads, aux), (sharp_loss, sharp_grads, sharp_aux) = (
+    results(names, code) for code in lines(index)
+  )
+  assert error(sharp_loss, loss) < 1e-6
+  assert sharp_aux == aux
+  expected = optax_asam.grad(loss_fn, rho=0.5)(params, BATCH)
+  assert error(leaves(sharp_grads), expected) < 1e-5
+  assert error(leaves(grads), expected) > 1e-3
+
+
+def test_value_and_grad(params):
+  """The drop-in for JAX."""
+  with_aux = lambda params, batch: (loss_fn(params, batch), 'aux')
+  names = {'loss_fn': with_aux, 'params': params, 'batch': BATCH}
+  assert_drop_in(0, names, lambda grads: grads, params)
+
+
+def test_nnx():
+  """The drop-in for Flax NNX."""
+  model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+  leaves = lambda tree: {name: tree[name][...] for name in ('kernel', 'bias')}
+  params = {'kernel': model.kernel[...], 'bias': model.bias[...]}
+  names = {
+    'nnx': nnx,
+    'model': model,
+    'batch': BATCH,
+    'loss_fn': lambda model, batch: jnp.mean((model(batch[0]) - batch[1]) ** 2),
+  }
+  assert_drop_in(1, names, leaves, params)
+
+
+def test_equinox():
+  """The drop-in for Equinox."""
+  model = eqx.nn.Linear(3, 2, key=jax.random.key(0))
+  leaves = lambda tree: {'kernel': tree.weight.T, 'bias': tree.bias}
+  names = {
+    'eqx': eqx,
+    'model': model,
+    'batch': BATCH,
+    'loss_fn': lambda model, batch: jnp.mean(
+      (jax.vmap(model)(batch[0]) - batch[1]) ** 2
+    ),
+  }
+  assert_drop_in(2, names, leaves, leaves(model))
+
+
+def test_table():
+  """Every number of the demo's table is in the committed results."""
+  name = 'experiments/results/demo/results.json'
+  recorded = json.loads((pages.ROOT / name).read_text())
+  assert recorded['complete']
+  assert not recorded['commit'].endswith('dirty')
+  expected = []
+  for optimizer, result in recorded['optimizers'].items():
+    mean = result['test_accuracy']['mean']
+    half_width = result['test_accuracy']['interval_95'][1] - mean
+    expected.append(
+      [
+        optimizer.upper(),
+        f'{result["rho"]:g}' if result['rho'] else '',
+        f'{100 * mean:.2f} ± {100 * half_width:.2f}',
+        f'{result["train_loss"]["mean"]:.3f}',
+        f'{result["sharpness_sam_ball"]["mean"]:.5f}',
+        f'{result["sharpness_asam_ball"]["mean"]:.5f}',
+        f'{result["time_ratio_to_first"]:.2f}',
+      ]
+    )
+  assert pages.read_rows(pages.marked(README, name)) == expected
+
+
+def test_migrating():
+  """The same steps as the call of optax.contrib.sam that the table shows."""
+  rows = pages.read_rows(README.split('## Migrating')[1])
+  theirs, ours = (cell.split('`')[1] for cell in rows[0][1:])
+  params = {'w': jnp.array([1.0, -2.0, 3.0])}
+  grad_fn = jax.grad(lambda params: jnp.sum(params['w'] ** 4))
+  names = {
+    'base': optax.sgd(0.01),
+    'rho': 0.05,
+    'chain': optax.chain,
+    'normalize': optax.contrib.normalize,
+    'sgd': optax.sgd,
+  }
+  tx = eval(theirs, {**names, 'sam': optax.contrib.sam})
+  expected, _ = tx.update(
+    grad_fn(params), tx.init(params), params, grad_fn=lambda p, _: grad_fn(p)
+  )
+  tx = eval(ours, {**names, 'sam': optax_asam.sam})
+  updates, _ = tx.update(
+    grad_fn(params), tx.init(params), params, grad_fn=grad_fn
+  )
+  assert error(updates, expected) < 1e-6

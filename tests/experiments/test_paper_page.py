@@ -1,0 +1,123 @@
+"""Promise: the numbers of experiments/README.md are the recorded ones."""
+
+import json
+import re
+import subprocess
+
+import numpy as np
+
+from experiments import config
+from experiments.paper import correlation
+from experiments.paper import imagenet
+from experiments.paper import tables
+from experiments.paper import trajectories
+from experiments.paper import translation
+
+PAGE = (tables.RESULTS.parent / 'README.md').read_text()
+# The tables of the page, by the name in the comment before each.
+SHOWN = dict(
+  re.findall(r'^<!-- table: (.*) -->\n((?:\|.*\n)+)', PAGE, re.MULTILINE)
+)
+
+
+def read(name):
+  """The recorded results of a program."""
+  return json.loads((tables.RESULTS / name / 'results.json').read_text())
+
+
+RUNS = tables.load(tables.RESULTS / 'comparisons')
+CORRELATION = read('correlation')
+TRAJECTORIES = read('trajectories')['trajectories']
+
+
+def test_tables():
+  """Each is what a program makes of the recorded results; none is unmarked."""
+  made = {
+    'trajectories': trajectories.table(TRAJECTORIES),
+    **correlation.tables(CORRELATION),
+    **tables.tables(RUNS),
+    'translation, paper': translation.published_table(),
+  }
+  assert {name: table.rstrip('\n') for name, table in SHOWN.items()} == made
+  # One other table: that of old and new commands.
+  assert PAGE.count('\n| --- |') == len(made) + 1
+
+
+def facts():
+  """Numbers in sentences that are computed from the results, as text."""
+  asam, sam = (np.array(TRAJECTORIES['paths'][x][0]) for x in ('asam', 'sam'))
+  # ASAM's 11th step crosses the valley, w1 w2 = 0.04.
+  before, after = np.prod(asam[10:12], axis=1)
+  assert before < 0.04 < after
+  yield from (f'{x:.3f}' for x in asam[10:12].mean(axis=0))
+  for path, step in ((asam, 11), (sam, 12)):
+    yield f'{np.linalg.norm(path[-1] - path[step]):.3f}'
+  hours = sum(run['wall_time_s'] for run in RUNS.values()) / 3600
+  yield f'{hours:.1f}'
+  losses = CORRELATION['train_loss']
+  yield from (f'{x(losses):.3f}' for x in (min, max))
+  gap = 100 * correlation.gap_of(CORRELATION['measured'])
+  yield from (f'{x(gap):.1f}' for x in (min, max))
+  taus = [
+    each['with_train_loss']['tau']
+    for each in CORRELATION['correlations'].values()
+  ]
+  yield from (f'{x(taus):.2f}' for x in (min, max))
+  for each in CORRELATION['differences']:
+    yield f'{abs(each["mean_over_settings"]["tau"]):.2f}'
+
+
+def numbers(value):
+  """All numbers in JSON, as they are written in a sentence."""
+  if isinstance(value, dict | list):
+    for each in value.values() if isinstance(value, dict) else value:
+      yield from numbers(each)
+  elif isinstance(value, float):
+    yield f'{value:g}'
+
+
+def test_sentences():
+  """Each decimal number is in a table, a setting, or computed from results."""
+  prose = re.sub(
+    r'```.*?```|^\|.*?$|\[\d{4}\.\d{5}\]\(.*?\)|\]\(.*?\)',
+    '',
+    PAGE,
+    flags=re.DOTALL | re.MULTILINE,
+  )
+  find = lambda text: set(re.findall(r'\d+\.\d+', text))
+  settings = [
+    TRAJECTORIES['settings'],
+    CORRELATION['config'],
+    *(run['config'] for run in [*RUNS.values(), *tables.load_study()]),
+  ]
+  known = find(' '.join([*SHOWN.values(), *facts(), *numbers(settings)]))
+  assert find(prose) <= known | {'0.04'}  # Of the loss of the trajectories.
+
+
+def test_commands():
+  """The shell runs all of them, and the programs have their options."""
+  script = '\n'.join(re.findall(r'```sh\n(.*?)```', PAGE, re.DOTALL))
+  stubs = 'pip() { :; }; python() { printf "%s\\n" "$*"; }\n'
+  lines = subprocess.run(
+    ['bash', '-euc', stubs + script], capture_output=True, text=True, check=True
+  ).stdout.splitlines()
+  parsers = {
+    'experiments.paper.imagenet': imagenet.make_parser(),
+    'experiments.paper.translation': translation.make_parser(),
+  }
+  programs = set()
+  for line in lines:
+    module, *options = line.removeprefix('-m ').split()
+    programs.add(module)
+    if module == 'experiments.compare':
+      assert config.parse(options).optimizer
+    elif module in parsers:
+      parsers[module].parse_args(options)
+  assert programs == {
+    *parsers,
+    'experiments.compare',
+    *(
+      f'experiments.paper.{name}'
+      for name in ('comparisons', 'correlation', 'tables', 'trajectories')
+    ),
+  }

@@ -1,0 +1,131 @@
+"""Promise: GSAM, WSAM and F-SAM follow the equations of their papers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from optax_asam import asam
+from optax_asam import ascent
+from optax_asam import descent
+from optax_asam import sharpness_aware
+from tests.helpers.support import assert_same_bits
+
+CURVATURE = np.array([0.5, 1.5, 2.0, 0.1])
+SHAPE = {'kernel': slice(0, 3), 'bias': slice(3, 4)}
+
+
+def loss_fn(params):
+  """A quartic whose coordinates are coupled."""
+  w = jnp.concatenate([params['kernel'], params['bias']])
+  return (CURVATURE * w**2).sum() / 2 + (w**4).sum() / 4 + w.sum() ** 2 / 10
+
+
+def reference_grad(w):
+  """Its gradient."""
+  return CURVATURE * w + w**3 + w.sum() / 5
+
+
+def reference_run(w, steps, descend, sigma=0.0):
+  """SGD with momentum; ``descend(g, h)``, and F-SAM with ``sigma`` > 0."""
+  momentum, average = np.zeros(4), np.zeros(4)
+  for _ in range(steps):
+    g = reference_grad(w)
+    t = np.append(np.abs(w[:3]) + 0.01, 1.0)
+    d = g - sigma * average
+    average = 0.9 * average + 0.1 * g
+    h = reference_grad(w + 0.1 * t * t * d / np.sqrt(((t * d) ** 2).sum()))
+    momentum = descend(g, h) + 0.9 * momentum
+    w = w - 0.01 * momentum
+  return w
+
+
+def gsam_by_hand(g, h, alpha=0.3):
+  """Equation of GSAM."""
+  return h - alpha * (g - (g @ h) / (h @ h) * h)
+
+
+SGD = optax.sgd(0.01, momentum=0.9)
+F_SAM = optax.chain(ascent.friendly(0.7), ascent.rho_ball(0.1, 0.01, True))
+CASES = {
+  'gsam': (asam(SGD, 0.1, descent=descent.gsam(0.3)), gsam_by_hand, 0.0),
+  'wsam': (
+    asam(SGD, 0.1, descent=descent.wsam(0.9)),
+    lambda g, h: -8 * g + 9 * h,
+    0.0,
+  ),
+  'friendly': (optax.chain(sharpness_aware(F_SAM), SGD), lambda g, h: h, 0.7),
+}
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_reference(x64, name):
+  """One hundred steps by hand, in NumPy."""
+  tx, descend, sigma = CASES[name]
+  w = np.array([0.5, -1.0, 2.0, 0.3])
+  params = {key: jnp.asarray(w[part]) for key, part in SHAPE.items()}
+
+  def step(carry, _):
+    params, state = carry
+    grads = jax.grad(loss_fn)(params)
+    updates, state = tx.update(grads, state, params, value_fn=loss_fn)
+    return (optax.apply_updates(params, updates), state), None
+
+  carry = params, tx.init(params)
+  (params, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, length=100))(carry)
+  got = np.concatenate([params['kernel'], params['bias']])
+  np.testing.assert_allclose(
+    got, reference_run(w, 100, descend, sigma), rtol=1e-10, atol=1e-12
+  )
+
+
+def test_identities():
+  """The laws by which an argument is chosen."""
+  g, h = {'a': jnp.array([1.0, 2.0])}, {'a': jnp.array([3.0, -1.0])}
+  assert_same_bits(descent.gsam(0.0)(g, h), h)
+  assert_same_bits(descent.wsam(0.0)(g, h), g)
+  assert_same_bits(descent.wsam(0.5)(g, h), h)
+
+
+@pytest.mark.parametrize('value', [0.0, np.nan, np.inf])
+def test_unusable_gradient(value):
+  """Without a direction of g~, GSAM does not ascend g, and hides nothing."""
+  h = jnp.full(2, value)
+  assert_same_bits(descent.gsam(0.4)(jnp.ones(2), h), h)
+
+
+def test_inner_products_in_float32():
+  """In float16, 64 squares of 200 are infinite."""
+  g, h = np.ones(64), np.full(64, 200.0)
+  g[0] = 0
+  got = descent.gsam(0.5)(jnp.float16(g), jnp.float16(h))
+  assert got.dtype == jnp.float16
+  np.testing.assert_allclose(got, gsam_by_hand(g, h, 0.5), rtol=1e-3)
+  assert got[0] > h[0]
+
+
+def test_friendly_skips_non_finite_gradients():
+  """One of them would stay in the average for ever."""
+  tx = ascent.friendly(1.0, 0.5)
+  state = tx.init(jnp.zeros(2))
+  _, state = tx.update(jnp.array([1.0, 0.0]), state)
+  direction, skipped = tx.update(jnp.array([jnp.nan, 0.0]), state)
+  assert_same_bits(skipped, state)
+  assert np.isnan(direction[0])
+
+
+@pytest.mark.parametrize(
+  ('factory', 'name', 'value', 'error'),
+  [
+    (descent.gsam, 'alpha', -1.0, ValueError),
+    (descent.wsam, 'gamma', 1.0, ValueError),
+    (descent.wsam, 'gamma', '0.9', TypeError),
+    (ascent.friendly, 'sigma', -1.0, ValueError),
+    (ascent.friendly, 'decay', 1.0, ValueError),
+  ],
+)
+def test_errors(factory, name, value, error):
+  """The message names the argument, the value and one that works."""
+  with pytest.raises(error, match=rf'{name} must be .*{value}.*{name}='):
+    factory(**{name: value})

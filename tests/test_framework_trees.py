@@ -1,0 +1,216 @@
+"""Promise: biases are recognized by name in the trees of all frameworks.
+
+The lists of biases are written by hand. Where a framework initializes biases,
+and nothing else, to zero, the arrays confirm them.
+"""
+
+import functools
+
+import equinox as eqx
+from flax import linen
+from flax import nnx
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optax_asam import normalization
+
+
+class Linen(linen.Module):
+  """One layer of each kind."""
+
+  @linen.compact
+  def __call__(self, x):
+    """From images [2, 4, 4, 1]."""
+    x = linen.Conv(4, (3, 3))(x)
+    x = linen.BatchNorm(use_running_average=False)(x)
+    x = linen.LayerNorm()(x).reshape(2, 16, 4)
+    x = linen.MultiHeadDotProductAttention(2)(x)
+    x = linen.RNN(linen.LSTMCell(4))(x)
+    x = linen.RNN(linen.GRUCell(4))(x)
+    return linen.Dense(3)(x)
+
+
+class Nnx(nnx.Module):
+  """One layer of each kind."""
+
+  def __init__(self, rngs):
+    self.conv = nnx.Conv(1, 4, (3, 3), rngs=rngs)
+    self.batch_norm = nnx.BatchNorm(4, rngs=rngs)
+    self.layer_norm = nnx.LayerNorm(4, rngs=rngs)
+    self.attention = nnx.MultiHeadAttention(2, 4, decode=False, rngs=rngs)
+    self.lstm = nnx.RNN(nnx.LSTMCell(4, 4, rngs=rngs))
+    self.optimized_lstm = nnx.RNN(nnx.OptimizedLSTMCell(4, 4, rngs=rngs))
+    self.gru = nnx.RNN(nnx.GRUCell(4, 4, rngs=rngs))
+    self.dense = nnx.Linear(4, 3, rngs=rngs)
+
+
+class Equinox(eqx.Module):
+  """One layer of each kind, the last ones in a list."""
+
+  conv: eqx.nn.Conv2d
+  batch_norm: eqx.nn.BatchNorm
+  layer_norm: eqx.nn.LayerNorm
+  attention: eqx.nn.MultiheadAttention
+  lstm: eqx.nn.LSTMCell
+  gru: eqx.nn.GRUCell
+  dense: list[eqx.nn.Linear]
+
+  def __init__(self, key):
+    self.conv = eqx.nn.Conv2d(1, 4, 3, key=key)
+    self.batch_norm = eqx.nn.BatchNorm(4, 'batch', mode='batch')
+    self.layer_norm = eqx.nn.LayerNorm((4, 5))
+    self.attention = eqx.nn.MultiheadAttention(
+      2,
+      4,
+      use_query_bias=True,
+      use_key_bias=True,
+      use_value_bias=True,
+      use_output_bias=True,
+      key=key,
+    )
+    self.lstm = eqx.nn.LSTMCell(4, 4, key=key)
+    self.gru = eqx.nn.GRUCell(4, 4, key=key)
+    self.dense = [eqx.nn.Linear(4, 4, key=key), eqx.nn.Linear(4, 3, key=key)]
+
+
+def haiku(x):
+  """One layer of each kind, from images [2, 4, 4, 1]."""
+  x = hk.Conv2D(4, 3)(x)
+  x = hk.BatchNorm(True, True, 0.9)(x, True)
+  x = hk.LayerNorm(-1, True, True)(x).reshape(2, 16, 4)
+  x = hk.MultiHeadAttention(2, 2, w_init=hk.initializers.RandomNormal())(
+    x, x, x
+  )
+  for core in hk.LSTM(4), hk.GRU(4):
+    x, _ = hk.dynamic_unroll(core, x, core.initial_state(2), time_major=False)
+  return hk.Linear(3)(hk.Bias()(x))
+
+
+IMAGES = np.ones((2, 4, 4, 1), np.float32)
+
+
+def linen_params():
+  """The tree of linen: nested dicts."""
+  return jax.jit(Linen().init)(jax.random.key(0), IMAGES)['params']
+
+
+@functools.cache
+def nnx_params():
+  """The tree of NNX: a State of variables."""
+  _, params, _ = nnx.split(nnx.jit(Nnx)(nnx.Rngs(0)), nnx.Param, ...)
+  return params
+
+
+def nnx_arrays():
+  """The tree that nnx.Optimizer passes on: a State of arrays."""
+  if not hasattr(nnx, 'as_pure'):
+    pytest.skip('Flax 0.12.7 is the first with as_pure')
+  return nnx.as_pure(nnx_params())
+
+
+def nnx_dict():
+  """The same in nested dicts."""
+  if not hasattr(nnx, 'to_pure_dict'):
+    pytest.skip('Flax 0.10.4 is the first with to_pure_dict')
+  return nnx.to_pure_dict(nnx_params())
+
+
+def equinox_params():
+  """The tree of Equinox: a module, with None where there is no parameter."""
+  make_network = eqx.filter_jit(eqx.nn.make_with_state(Equinox))
+  network, _ = make_network(jax.random.key(0))
+  return eqx.filter(network, eqx.is_inexact_array)
+
+
+def haiku_params():
+  """The tree of Haiku: dicts of two levels."""
+  init = jax.jit(hk.transform_with_state(haiku).init)
+  params, _ = init(jax.random.key(0), IMAGES)
+  return params
+
+
+LINEN_BIASES = """
+  Conv_0/bias BatchNorm_0/bias LayerNorm_0/bias Dense_0/bias
+  MultiHeadDotProductAttention_0/query/bias
+  MultiHeadDotProductAttention_0/key/bias
+  MultiHeadDotProductAttention_0/value/bias
+  MultiHeadDotProductAttention_0/out/bias
+  LSTMCell_0/hi/bias LSTMCell_0/hf/bias LSTMCell_0/hg/bias LSTMCell_0/ho/bias
+  GRUCell_0/ir/bias GRUCell_0/iz/bias GRUCell_0/in/bias GRUCell_0/hn/bias
+"""
+NNX_BIASES = """
+  conv/bias batch_norm/bias layer_norm/bias dense/bias
+  attention/query/bias attention/key/bias attention/value/bias
+  attention/out/bias
+  lstm/cell/hi/bias lstm/cell/hf/bias lstm/cell/hg/bias lstm/cell/ho/bias
+  optimized_lstm/cell/dense_h/bias gru/cell/dense_i/bias
+"""
+EQUINOX_BIASES = """
+  conv/bias batch_norm/bias layer_norm/bias dense/0/bias dense/1/bias
+  attention/query_proj/bias attention/key_proj/bias attention/value_proj/bias
+  attention/output_proj/bias lstm/bias gru/bias gru/bias_n
+"""
+HAIKU_BIASES = """
+  conv2_d/b batch_norm/offset layer_norm/offset linear/b bias/b
+  multi_head_attention/query/b multi_head_attention/key/b
+  multi_head_attention/value/b multi_head_attention/linear/b
+  lstm/linear/b gru/b
+"""
+
+
+def path_name(path):
+  """A key path as in the lists above."""
+  names = [
+    str(
+      getattr(entry, 'key', getattr(entry, 'name', getattr(entry, 'idx', '')))
+    )
+    for entry in path
+  ]
+  wrapped = names[-1] in ('value', 'raw_value')  # An NNX variable.
+  return '/'.join(names[:-1] if wrapped else names)
+
+
+@pytest.mark.parametrize(
+  ('make_params', 'biases', 'zero_biases'),
+  [
+    pytest.param(linen_params, LINEN_BIASES, True, id='linen'),
+    pytest.param(nnx_params, NNX_BIASES, True, id='nnx'),
+    pytest.param(nnx_arrays, NNX_BIASES, True, id='nnx arrays'),
+    pytest.param(nnx_dict, NNX_BIASES, True, id='nnx dict'),
+    pytest.param(equinox_params, EQUINOX_BIASES, False, id='equinox'),
+    pytest.param(haiku_params, HAIKU_BIASES, True, id='haiku'),
+  ],
+)
+def test_not_bias(make_params, biases, zero_biases):
+  """False at the biases in the list, True elsewhere."""
+  params = make_params()
+  mask = normalization.not_bias(params)
+  assert jax.tree.structure(mask) == jax.tree.structure(params)
+  excepted = {
+    path_name(path)
+    for path, selected in jax.tree.leaves_with_path(mask)
+    if not selected
+  }
+  assert excepted == set(biases.split())
+  if zero_biases:
+    zeros = jax.tree.map(lambda w: bool((w == 0).all()), params)
+    assert jax.tree.leaves(zeros) == [not x for x in jax.tree.leaves(mask)]
+
+
+@pytest.mark.parametrize(
+  'params',
+  [
+    [jnp.ones((2, 3)), jnp.zeros(3)],
+    ([(jnp.ones((2, 3)), jnp.zeros(3)), [jnp.ones(())]], jnp.zeros(3)),
+    jnp.zeros(3),
+  ],
+)
+def test_without_names_everything_is_normalized(params):
+  """Positions say nothing about biases."""
+  assert all(jax.tree.leaves(normalization.not_bias(params)))
+  t = normalization.elementwise(eta=0.25)(params)
+  expected = jax.tree.map(lambda w: jnp.abs(w) + 0.25, params)
+  jax.tree.map(np.testing.assert_array_equal, t, expected)
