@@ -1,250 +1,200 @@
-"""Trains a classifier with ASAM on all devices of all processes of a job.
+"""Trains with ASAM on all devices of several processes.
 
-The same command starts every process::
+Start the same command on each host of a TPU slice, or with ``srun`` under
+SLURM: JAX finds the other hosts. Elsewhere, give the address of process 0, as
+for these two processes on one machine, with four simulated devices each::
 
-    python examples/multihost.py                     # on each host of a pod
-    srun python examples/multihost.py                # under SLURM
-    python examples/multihost.py --num-processes 2   # both on this machine
+    export JAX_PLATFORMS=cpu
+    export XLA_FLAGS=--xla_force_host_platform_device_count=4
+    run="python examples/multihost.py --checkpoint-dir /tmp/checkpoints
+      --coordinator-address localhost:12321 --num-processes 2"
+    $run --process-id 0 & $run --process-id 1; wait
 
-The train step is that of one device: parameters and batches are laid out over a
-mesh, and the compiler does the rest. Checkpoints are written by all processes.
-What is killed goes on with ``--resume``, on as many devices as there are then.
+The train step is that of a single device: arrays are global, and the compiler
+adds the communication. Each process reads its part of each batch and writes its
+part of each checkpoint. Repeat the command to resume from the last checkpoint,
+on any number of devices that divides the batch size.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
-from pathlib import Path
+import os
 import sys
+import traceback
 from typing import Any
 from typing import NamedTuple
 
-from flax import linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
+from sklearn import datasets
 
-import arguments
-import cluster
-import data
-import evaluation
-import host_io
-import models
 from optax_asam import asam
-import records
 
-# What must be the same when a run goes on.
-CONFIG = (
-  *('dataset', 'train_size', 'model', 'batch_size', 'epochs'),
-  *('lr', 'rho', 'seed'),
-)
+WIDTHS = (64, 128, 128, 10)
 
 
 class TrainState(NamedTuple):
-  """What a step starts from."""
+  """What a checkpoint holds; the step is also the position in the data."""
 
+  step: jax.typing.ArrayLike
   params: optax.Params
   opt_state: optax.OptState
 
 
-class Trained(NamedTuple):
-  """What a run ends with, the loss before each step included."""
+def init_params(key: jax.Array) -> optax.Params:
+  """A multilayer perceptron."""
+  keys = jax.random.split(key, len(WIDTHS) - 1)
+  init_kernel = jax.nn.initializers.he_normal()
+  return [
+    {'kernel': init_kernel(key, (n, m)), 'bias': jnp.zeros(m)}
+    for key, n, m in zip(keys, WIDTHS[:-1], WIDTHS[1:], strict=True)
+  ]
 
-  state: TrainState
-  losses: list[float]
-  test_accuracy: float
+
+def predict(params: Any, images: jax.typing.ArrayLike) -> jax.Array:
+  """Logits [n, 10] of images [n, 64]."""
+  *hidden, last = params
+  x = jnp.asarray(images)
+  for layer in hidden:
+    x = jax.nn.relu(x @ layer['kernel'] + layer['bias'])
+  return x @ last['kernel'] + last['bias']
 
 
-def make_mesh() -> Mesh:
-  """All devices in a row, those of one process side by side.
+def loss_fn(params: optax.Params, batch: Any) -> jax.Array:
+  """The mean cross-entropy of a batch."""
+  images, labels = batch
+  losses = optax.softmax_cross_entropy_with_integer_labels(
+    predict(params, images), labels
+  )
+  return losses.mean()
 
-  So the parts of a batch lie in the order in which the processes read them.
+
+def read_batches(
+  images: np.ndarray, labels: np.ndarray, batch_size: int, step: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """This process's part of each global batch from ``step`` on.
+
+  The global batch depends on the step alone, not on the number of processes.
+  For data that does not fit in memory, Grain offers the same.
   """
-  devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
-  return Mesh(np.array(devices), ('devices',))
+  steps = len(labels) // batch_size
+  while True:
+    epoch, i = divmod(step, steps)
+    order = np.random.default_rng(epoch).permutation(len(labels))
+    batch = order[i * batch_size : (i + 1) * batch_size]
+    local = batch.reshape(jax.process_count(), -1)[jax.process_index()]
+    yield images[local], labels[local]
+    step += 1
 
 
-def place(mesh: Mesh, state: Any, *, shard_params: bool) -> Any:
-  """The shardings of a state: whole on each device, or a part on each.
-
-  With ``shard_params`` an array is split along its first axis that the number
-  of devices divides.
-  """
-
-  def place_array(array):
-    for axis, size in enumerate(array.shape if shard_params else ()):
-      if size % mesh.size == 0:
-        return NamedSharding(mesh, PartitionSpec(*[None] * axis, 'devices'))
-    return NamedSharding(mesh, PartitionSpec())
-
-  return jax.tree.map(place_array, state)
-
-
-def make_train_step(
-  model: nn.Module,
-  tx: optax.GradientTransformationExtraArgs,
-  preprocess: Callable[[data.Array], jax.Array],
-) -> Callable[[TrainState, data.Split], tuple[TrainState, jax.Array]]:
-  """The step: nothing in it is about devices."""
-
-  def train_step(state, batch):
-    batch = batch._replace(images=preprocess(batch.images))
-    loss_fn = lambda p: models.train_loss_fn(p, {}, model, batch)[0]
-    loss, grads = jax.value_and_grad(loss_fn)(state.params)
-    updates, opt_state = tx.update(
-      grads, state.opt_state, state.params, grad_fn=jax.grad(loss_fn)
-    )
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(params, opt_state), loss
-
-  return train_step
-
-
-def make_parser() -> arguments.Parser:
-  """The options and their help."""
-  parser = arguments.Parser(
-    prog='multihost.py',
-    description='Trains a classifier with ASAM on all devices of a job.',
-    allow_abbrev=False,
-  )
-  add = parser.add_argument
-  positive = arguments.positive(0.1)
-  count = arguments.count
-  add('--dataset', choices=data.DATASETS, default='digits')
-  add('--data-dir', type=Path, help='folder with its files, on each host')
-  add('--train-size', type=count(1000), help='examples to train on (all)')
-  add('--model', choices=('mlp', 'cnn'), default='mlp')
-  add('--epochs', type=count(20), default=20)
-  add('--batch-size', type=count(128), default=128, help='of all devices (128)')
-  add('--lr', type=positive, default=0.1, help='learning rate (0.1)')
-  add('--rho', type=positive, default=0.5, help='the radius of asam (0.5)')
-  add('--seed', type=count(1), default=1, help='of parameters and data (1)')
-  add(
-    '--shard-params',
-    action='store_true',
-    help='split parameters and optimizer state over all devices',
-  )
-  add('--out', type=Path, default=Path('out/multihost'), help='for results')
-  add(
-    '--checkpoint-dir',
-    help='a folder that all hosts share, gs://, too (checkpoints in --out)',
-  )
-  add('--checkpoint-every', type=count(100), help='steps (an epoch)')
-  add('--resume', action='store_true', help='go on from the last checkpoint')
-  cluster.add_arguments(parser)
-  return parser
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-  """Reads the command line, with an exit if something is wrong with it."""
-  parser = make_parser()
-  args = parser.parse_args(arguments.join_values(argv))
-  cluster.check_arguments(parser, args)
-  args.checkpoint_dir = args.checkpoint_dir or args.out / 'checkpoints'
-  return args
-
-
-def report(step: int, loss: float) -> None:
-  """Prints the loss before a step, from one process."""
-  if jax.process_index() == 0:
-    print(f'step {step}: loss {loss:.6f}', flush=True)
-
-
-def write_results(
-  argv: Sequence[str], args: argparse.Namespace, trained: Trained
-) -> None:
-  """Writes results.json, from one process."""
-  if jax.process_index() == 0:
-    args.out.mkdir(parents=True, exist_ok=True)
-    results = {
-      **records.provenance('examples/multihost.py', argv),
-      'config': {name: getattr(args, name) for name in CONFIG},
-      'num_processes': jax.process_count(),
-      'num_devices': jax.device_count(),
-      'losses': trained.losses,
-      'test_accuracy': trained.test_accuracy,
-    }
-    records.write_json(args.out / 'results.json', results)
-    accuracy = f'{100 * trained.test_accuracy:.2f} %'
-    print(f'Test accuracy {accuracy}. Wrote results.json to {args.out}.')
-
-
-def train(args: argparse.Namespace) -> Trained:
-  """Trains, from the newest checkpoint on, and writes others."""
-  dataset = data.DATASETS[args.dataset](args.data_dir, args.train_size)
-  host_io.check_batch_size(args.batch_size, dataset.train)
-  steps_per_epoch = len(dataset.train.labels) // args.batch_size
-  num_steps = args.epochs * steps_per_epoch
-  model = models.MODELS[args.model](dataset.num_classes)
-  schedule = optax.cosine_decay_schedule(args.lr, num_steps)
-  tx = asam(optax.sgd(schedule, momentum=0.9), rho=args.rho)
+def train(args: argparse.Namespace) -> TrainState:
+  """The state after ``args.steps`` steps, resuming from the last checkpoint."""
+  is_first = jax.process_index() == 0
+  pixels, labels = datasets.load_digits(return_X_y=True)
+  images = (pixels / 16).astype(np.float32)
+  tx = asam(optax.sgd(0.05, momentum=0.9), rho=0.5)
 
   def init():
-    images = dataset.preprocess(dataset.train.images[:1])
-    params, _ = models.init(model, jax.random.key(args.seed), images)
-    return TrainState(params, tx.init(params))
+    params = init_params(jax.random.key(0))
+    return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params))
 
-  mesh = make_mesh()
-  whole = NamedSharding(mesh, PartitionSpec())
-  split = NamedSharding(mesh, PartitionSpec('devices'))
-  shapes = jax.eval_shape(init)
-  shardings = place(mesh, shapes, shard_params=args.shard_params)
-  train_step = jax.jit(
-    make_train_step(model, tx, dataset.preprocess),
-    donate_argnums=0,
-    out_shardings=(shardings, whole),
-  )
-
-  config = {name: getattr(args, name) for name in CONFIG}
-  checkpoints = host_io.Checkpoints(str(args.checkpoint_dir), config)
-  state, losses = checkpoints.restore(
-    shapes, shardings, resume=args.resume
-  ) or (jax.jit(init, out_shardings=shardings)(), [])
-  batches = host_io.local_batches(
-    dataset.train,
-    args.batch_size,
-    epochs=args.epochs,
-    seed=args.seed,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-    first_step=len(losses),
-  )
-  every = args.checkpoint_every or steps_per_epoch
-  for step, batch in enumerate(batches, len(losses) + 1):
-    state, loss = train_step(state, host_io.to_global(batch, split))
-    # In a long job read every 100th loss: here, devices wait for the host.
-    losses.append(float(loss))
-    report(step, losses[-1])
-    is_preempted = checkpoints.is_preempted(step)
-    if step % every == 0 or step == num_steps or is_preempted:
-      checkpoints.save(step, state, losses)
-    if is_preempted:
-      sys.exit(f'Stopped by SIGTERM after step {step}: go on with --resume.')
-
-  accuracy = jax.jit(evaluation.accuracy, static_argnums=2, out_shardings=whole)
-  test = dataset.test._replace(images=dataset.preprocess(dataset.test.images))
-  return Trained(state, losses, float(accuracy(state.params, {}, model, test)))
-
-
-def main(argv: Sequence[str]) -> None:
-  """Runs the program."""
-  args = parse(argv)
-  if cluster.is_rehearsal(args):
-    command = [sys.executable, sys.argv[0], *argv]
-    sys.exit(
-      cluster.rehearse(command, args.num_processes, args.devices_per_process)
+  def train_step(state, batch):
+    grad_fn = lambda p: jax.grad(loss_fn)(p, batch)
+    loss, grads = jax.value_and_grad(loss_fn)(state.params, batch)
+    updates, opt_state = tx.update(
+      grads, state.opt_state, state.params, grad_fn=grad_fn
     )
-  with cluster.joined(args):
-    print(cluster.describe_process(), flush=True)
-    try:
-      trained = train(args)
-    except (data.DataError, host_io.CheckpointError) as error:
-      make_parser().error(str(error))
-    write_results(argv, args, trained)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, opt_state), loss
+
+  # In the order of the processes, so that each part of a batch stays local.
+  devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+  mesh = Mesh(np.array(devices), ('data',))
+  replicated, split = NamedSharding(mesh, P()), NamedSharding(mesh, P('data'))
+  # Fully sharded: parameters and momentum are split wherever possible.
+  shardings = jax.tree.map(
+    lambda x: split if x.ndim and x.shape[0] % mesh.size == 0 else replicated,
+    jax.eval_shape(init),
+  )
+  init = jax.jit(init, out_shardings=shardings)
+  train_step = jax.jit(
+    train_step, donate_argnums=0, out_shardings=(shardings, replicated)
+  )
+
+  options = ocp.CheckpointManagerOptions(
+    save_interval_steps=args.checkpoint_every, max_to_keep=2
+  )
+  with ocp.CheckpointManager(args.checkpoint_dir, options=options) as manager:
+    first = manager.latest_step() or 0
+    if first:
+      restore = ocp.args.StandardRestore(init.eval_shape())
+      state: Any = manager.restore(first, args=restore)
+    else:
+      state = init()
+    batches = read_batches(images[:1500], labels[:1500], args.batch_size, first)
+    for step in range(first + 1, args.steps + 1):
+      # Joins the parts that the processes have read, without moving them.
+      batch = jax.make_array_from_process_local_data(split, next(batches))
+      state, loss = train_step(state, batch)
+      # Simulated devices must wait for each step. On others, wait less often.
+      loss = float(loss)
+      if is_first:
+        print(f'step {step}: loss {loss:.6f}', flush=True)
+      # Saves every checkpoint_every steps, and when SIGTERM preempts a process.
+      save, is_last = ocp.args.StandardSave(state), step == args.steps
+      manager.save(step, args=save, force=is_last)
+      if manager.reached_preemption(step):
+        sys.exit(f'Preempted after step {step}. Repeat the command to resume.')
+
+  logits = jax.jit(predict, out_shardings=replicated)(state.params, images)
+  if is_first:
+    is_correct = np.argmax(logits, axis=-1) == labels
+    print(f'test accuracy: {is_correct[1500:].mean():.1%}', flush=True)
+  return state
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+  """Reads the command line."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  add = parser.add_argument
+  add('--checkpoint-dir', required=True, help='absolute, shared by all hosts')
+  add('--checkpoint-every', type=int, default=100, help='steps (100)')
+  add('--steps', type=int, default=500, help='total (500)')
+  add('--batch-size', type=int, default=64, help='global (64)')
+  add('--coordinator-address', help='host:port of process 0')
+  add('--num-processes', type=int)
+  add('--process-id', type=int)
+  return parser.parse_args(argv)
+
+
+def main() -> None:
+  """Joins the other processes, if there are any, and trains."""
+  args = parse()
+  try:
+    jax.distributed.initialize(
+      args.coordinator_address, args.num_processes, args.process_id
+    )
+  except ValueError as error:
+    if 'coordinator_address' not in str(error):
+      raise
+    print('No cluster was found: this is the only process.')
+  print(f'process {jax.process_index()} of {jax.process_count()}', flush=True)
+  try:
+    train(args)
+  except Exception:
+    # On a regular exit, JAX waits for processes that wait for this one.
+    traceback.print_exc()
+    os._exit(1)
 
 
 if __name__ == '__main__':
-  main(sys.argv[1:])
+  main()
