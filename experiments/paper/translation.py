@@ -2,14 +2,14 @@
 
 ::
 
-    python experiments/iwslt.py --out out/iwslt
+    python -m experiments.paper.translation --out out/translation
 
-The paper's recipe: a Transformer of six layers, Adam of learning
-rate 5e-4, weight decay 1e-4, dropout 0.3, label smoothing 0.1, and the radii
-that the paper has chosen. What the paper leaves open is usual for this corpus:
-4,000 steps of warm-up, then the root of the steps; 4,096 pieces a batch; 10,000
-pieces by byte-pair encoding; a beam of five. The parameters after the last
-epoch are those that translate; test sentences are read then, and never before.
+The paper's recipe: a Transformer with six layers, Adam with learning rate 5e-4,
+weight decay 1e-4, dropout 0.3, label smoothing 0.1, and the paper's radii. What
+the paper leaves open is customary for this corpus: 4,000 warm-up steps followed
+by inverse square root decay, 4,096 pieces a batch, 10,000 pieces by byte-pair
+encoding, a beam of five. The parameters after the last epoch are evaluated; the
+test sentences are read only then.
 
 Repeat the command with ``--resume`` after Ctrl-C, a kill or a crash.
 """
@@ -18,26 +18,25 @@ import argparse
 from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
-import sys
 from typing import Any
 from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
 
-sys.path.append(str(Path(__file__).parents[1] / 'examples'))
-import archives
-import arguments
-import checkpoints
-import corpus
-import progress
-import records
-import reporting
-import transformer
-import translation
+from experiments import checkpoints
+from experiments import cli
+from experiments.data import archives
+from experiments.models import transformer
+from experiments.paper import corpus
+from experiments.paper import program
+from experiments.paper import seq2seq
+from experiments.report import progress
+from experiments.report import reporting
 
+METHODS = ('adam', 'sam', 'asam')
 # Kwon et al., 2021: BLEU on the validation and on the test set.
-PAPER = {
+PUBLISHED = {
   'adam': (35.34, 34.86),
   'sam': (35.52, 34.78),
   'asam': (35.66, 35.02),
@@ -45,77 +44,76 @@ PAPER = {
 
 
 class Data(NamedTuple):
-  """The corpus, and the vocabulary of SentencePiece as it is stored."""
+  """A corpus and its vocabulary, a serialized SentencePiece model."""
 
   corpus: corpus.Corpus
   vocabulary: bytes
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Data]:
-  """Reads the command line, with an exit if it cannot be done as it says."""
-  parser = arguments.Parser(
-    description="Trains a Transformer on IWSLT'14, German to English.",
-    allow_abbrev=False,
+def make_parser() -> cli.Parser:
+  """The options and their help."""
+  parser = cli.Parser(
+    prog='translation',
+    description='Trains a Transformer to translate from German to English.',
+  )
+  program.add_numbers(
+    parser,
+    ('seeds', cli.count, 3, 'number of seeds for each optimizer'),
+    ('epochs', cli.count, 50, 'number of epochs'),
+    ('rho-sam', cli.nonnegative, 0.1, 'radius of SAM'),
+    ('rho-asam', cli.nonnegative, 0.2, 'radius of ASAM'),
+    ('eta', cli.nonnegative, 0.01, 'eta of ASAM'),
+    ('lr', cli.positive, 5e-4, 'peak learning rate'),
+    ('warmup', cli.count, 4000, 'steps up to the peak'),
+    ('weight-decay', cli.nonnegative, 1e-4, 'decoupled'),
+    ('dropout', cli.fraction, 0.3, 'rate'),
+    ('label-smoothing', cli.fraction, 0.1, 'in training'),
+    ('max-tokens', cli.count, 4096, 'pieces a batch'),
+    ('vocab-size', cli.count, 10000, 'pieces in the vocabulary'),
+    ('layers', cli.count, 6, 'of the encoder and of the decoder'),
+    ('width', cli.count, 512, 'of the residual stream'),
+    ('hidden-size', cli.count, 1024, 'of the feed-forward layers'),
+    ('heads', cli.count, 4, 'attention heads'),
+    ('beam', cli.count, 5, 'beam width'),
   )
   add = parser.add_argument
-  count, fraction = arguments.count, arguments.fraction
-  nonnegative, positive = arguments.nonnegative, arguments.positive
-  for option, make_type, default, what in (
-    ('seeds', count, 3, 'how many, for each optimizer'),
-    ('epochs', count, 50, 'how long each trains'),
-    ('rho-sam', nonnegative, 0.1, 'the radius of SAM'),
-    ('rho-asam', nonnegative, 0.2, 'the radius of ASAM'),
-    ('eta', nonnegative, 0.01, 'the stabilizer of ASAM'),
-    ('lr', positive, 5e-4, 'learning rate at its peak'),
-    ('warmup', count, 4000, 'steps until the peak'),
-    ('weight-decay', nonnegative, 1e-4, 'decoupled'),
-    ('dropout', fraction, 0.3, 'rate'),
-    ('label-smoothing', fraction, 0.1, 'in training'),
-    ('max-tokens', count, 4096, 'pieces of a batch'),
-    ('vocab-size', count, 10000, 'pieces that there are'),
-    ('layers', count, 6, 'of encoder and decoder, each'),
-    ('width', count, 512, 'of the residuals'),
-    ('hidden-size', count, 1024, 'of feed-forward layers'),
-    ('heads', count, 4, 'of attention'),
-    ('beam', count, 5, 'sequences that the search keeps'),
-  ):
-    add(
-      f'--{option}',
-      type=make_type(default),
-      default=default,
-      help=f'{what} ({default:g})',
-    )
   add(
     '--optimizer',
     nargs='+',
-    choices=list(translation.OPTIMIZERS),
-    default=list(translation.OPTIMIZERS),
+    choices=METHODS,
+    default=list(METHODS),
     help='what is compared (all)',
   )
-  add('--data-dir', type=Path, help='folder with the archive, or what it holds')
-  add('--out', type=Path, default=Path('out/iwslt'), help='for results')
-  add('--resume', action='store_true', help='go on where a run was interrupted')
+  add('--corpus', choices=list(corpus.CORPORA), default='iwslt')
+  add('--data-dir', type=Path, help='folder with the archive or its files')
+  add('--out', type=Path, default=Path('out/translation'), help='for results')
+  add('--resume', action='store_true', help='resume the run in --out')
+  return parser
+
+
+def parse(
+  parser: cli.Parser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, Data]:
+  """Reads the command line; exits if it is wrong."""
   args = parser.parse_args(argv)
   if args.width % (2 * args.heads):
     parser.error(
       f'argument --width: must be a multiple of twice the heads, but got'
-      f' {args.width} and {args.heads}. Write for example --width 512 --heads'
-      f' 4.'
+      f' {args.width} and {args.heads}. For example: --width 512 --heads 4.'
     )
   try:
-    loaded = corpus.load(args.data_dir)
+    loaded = corpus.CORPORA[args.corpus](args.data_dir)
     vocabulary = corpus.train_vocabulary(loaded.train, args.vocab_size)
   except (archives.DataError, ValueError) as error:
     parser.error(str(error))
-  arguments.check_out(parser, args)
   return args, Data(loaded, vocabulary)
 
 
 class Training:
-  """All runs, one after the other; each epoch leaves a checkpoint.
+  """All runs, one after the other, with a checkpoint after each epoch.
 
   Attributes:
-    runs: What is known of each that has begun, the last one being at it.
+    runs: The results of each run that has begun; the last one is under way.
   """
 
   def __init__(self, args: argparse.Namespace, data: Data):
@@ -131,7 +129,7 @@ class Training:
     self._checkpoints = checkpoints.Checkpoints(args.out / checkpoints.FOLDER)
     self.runs: list[dict[str, Any]] = []
 
-  def _programs_of(self, optimizer: str) -> translation.Programs:
+  def _programs_of(self, optimizer: str) -> seq2seq.Programs:
     args = self._args
     # Hashable, which its type does not say.
     model: Any = transformer.Transformer(
@@ -142,7 +140,7 @@ class Training:
       args.heads,
       args.dropout,
     )
-    return translation.make_programs(
+    return seq2seq.make_programs(
       model,
       optimizer,
       rho=rho_of(optimizer, args),
@@ -154,8 +152,8 @@ class Training:
       beam=args.beam,
     )
 
-  def train(self) -> None:
-    """Trains what is not trained yet."""
+  def run(self) -> None:
+    """Trains and translates what is left."""
     args = self._args
     planned = [(o, seed) for o in args.optimizer for seed in range(args.seeds)]
     state = self._restore() if args.resume else None
@@ -163,7 +161,7 @@ class Training:
     with progress.shown(done, args.epochs * len(planned)) as advance:
       for i, (optimizer, seed) in enumerate(planned):
         if i < len(self.runs) - 1:
-          continue  # Finished before the one that was restored.
+          continue  # Finished before the run that was restored.
         programs = self._programs_of(optimizer)
         if i == len(self.runs):
           self.runs.append(
@@ -175,25 +173,26 @@ class Training:
             }
           )
           state = programs.init(seed)
-        state = self._train_run(programs, state, self.runs[i], advance)
+        state = self._train(programs, state, self.runs[i], advance)
 
-  def _train_run(self, programs, state, run, advance) -> translation.State:
+  def _train(self, programs, state, run, advance) -> seq2seq.State:
     args, size = self._args, self._args.max_tokens
     for epoch in range(len(run['train_loss']), args.epochs):
       rng = np.random.default_rng([run['seed'], epoch])
-      state, loss = translation.train_epoch(
+      state, loss = seq2seq.train_epoch(
         programs, state, self._pieces['train'], size, rng
       )
       run['train_loss'].append(loss)
       run['validation_loss'].append(
-        translation.validation_loss(
+        seq2seq.validation_loss(
           programs, state.params, self._pieces['validation'], size
         )
       )
-      self._save(state)
+      step = sum(len(run['train_loss']) for run in self.runs)
+      self._checkpoints.save(step, state, {'runs': self.runs})
       advance(1)
     for split in ('validation', 'test'):
-      run[f'{split}_bleu'] = translation.bleu(
+      run[f'{split}_bleu'] = seq2seq.bleu(
         programs,
         state.params,
         getattr(self._corpus, split),
@@ -202,13 +201,9 @@ class Training:
       )
     return state
 
-  def _save(self, state: translation.State) -> None:
-    step = sum(len(run['train_loss']) for run in self.runs)
-    self._checkpoints.save(step, state, {'runs': self.runs})
-
-  def _restore(self) -> translation.State | None:
-    def make_state(saved: Mapping[str, Any]) -> translation.State:
-      self.runs = saved['runs']
+  def _restore(self) -> seq2seq.State | None:
+    def make_state(saved: Mapping[str, Any]) -> seq2seq.State:
+      self.runs += saved['runs']
       run = self.runs[-1]
       return self._programs_of(run['optimizer']).init(run['seed'])
 
@@ -217,18 +212,18 @@ class Training:
 
 
 def rho_of(optimizer: str, args: argparse.Namespace) -> float:
-  """The radius of an optimizer, 0 of one that has none."""
+  """The radius of an optimizer; 0 for Adam."""
   return {'sam': args.rho_sam, 'asam': args.rho_asam}.get(optimizer, 0.0)
 
 
 def describe(
   args: argparse.Namespace, pairs: corpus.Corpus, runs: Sequence[Mapping]
 ) -> dict[str, Any]:
-  """What results.json holds: of each optimizer, the runs that have ended."""
-  ended = [run for run in runs if 'test_bleu' in run]
+  """The results of all finished runs, by optimizer."""
+  finished = [run for run in runs if 'test_bleu' in run]
   optimizers = {}
   for name in args.optimizer:
-    mine = [run for run in ended if run['optimizer'] == name]
+    mine = [run for run in finished if run['optimizer'] == name]
     if mine:
       optimizers[name] = {
         'rho': rho_of(name, args),
@@ -243,16 +238,27 @@ def describe(
         },
       }
   return {
-    'complete': len(ended) == len(args.optimizer) * args.seeds,
+    'complete': len(finished) == len(args.optimizer) * args.seeds,
     'config': vars(args),
     'pairs': {split: len(each) for split, each in pairs._asdict().items()},
-    'bleu': translation.bleu_signature(),
+    'bleu': seq2seq.bleu_signature(),
     'optimizers': optimizers,
   }
 
 
+def published_table() -> str:
+  """The paper's BLEU in Markdown."""
+  return reporting.markdown(
+    ['BLEU', 'Adam', 'SAM', 'ASAM'],
+    [
+      [split, *(f'{PUBLISHED[name][i]:.2f}' for name in METHODS)]
+      for i, split in enumerate(('validation', 'test'))
+    ],
+  )
+
+
 def table(results: Mapping[str, Any]) -> str:
-  """BLEU in Markdown, beside the paper's."""
+  """BLEU in Markdown, compared with the paper's."""
   return reporting.markdown(
     ['', 'rho', 'validation', 'test', 'paper: validation, test'],
     [
@@ -265,7 +271,7 @@ def table(results: Mapping[str, Any]) -> str:
           )
           for split in ('validation', 'test')
         ),
-        ', '.join(f'{score:.2f}' for score in PAPER[name]),
+        ', '.join(f'{score:.2f}' for score in PUBLISHED[name]),
       ]
       for name, each in results['optimizers'].items()
     ],
@@ -273,24 +279,15 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-  """Runs the program."""
-  args, data = parse(argv)
-  provenance = records.provenance(
-    'experiments/iwslt.py', argv, args.out / arguments.STARTED_WITH
-  )
+  """Trains, translates and records."""
+  parser = make_parser()
+  args, data = parse(parser, argv)
   training = Training(args, data)
-  try:
-    training.train()
-  finally:
-    # Ctrl-C, too, leaves what there is.
-    results = {**provenance, **describe(args, data.corpus, training.runs)}
-    records.write_json(args.out / 'results.json', results)
-    print(table(results))
-  arguments.finish(args.out)
+  results = lambda: describe(args, data.corpus, training.runs)
+  with program.recorded(parser, argv, args, results):
+    training.run()
+  print(table(results()))
 
 
 if __name__ == '__main__':
-  try:
-    main(sys.argv[1:])
-  except KeyboardInterrupt:
-    sys.exit(130)  # As a shell reports it.
+  program.run(main)

@@ -2,12 +2,12 @@ r"""Draws the paper's trajectories of SAM and ASAM, and their balls.
 
 ::
 
-    python experiments/trajectories.py --out out/trajectories
+    python -m experiments.paper.trajectories --out out/trajectories
 
-Two weights, and the loss :math:`L(w) = |w_1 \operatorname{ReLU}(w_2) - 0.04|`.
-Its minima are a valley, the hyperbola :math:`w_1 w_2 = 0.04`. With h = (w_2,
-w_1), and s = 1 above the valley, -1 below it, the gradient there is s h, and a
-step is exactly
+Two weights, and the loss :math:`L(w) = |w_1 \operatorname{ReLU}(w_2) - 0.04|`,
+whose minima form a valley, the hyperbola :math:`w_1 w_2 = 0.04`. With h = (w_2,
+w_1), and s = 1 above the valley and -1 below it, the gradient is s h. As long
+as the perturbation leaves :math:`w_2` positive, a step is exactly
 
 .. math::
   \text{SAM:} \quad w \mapsto w - s \, \mathrm{lr} \, h
@@ -15,36 +15,33 @@ step is exactly
   \text{ASAM:} \quad w \mapsto w
     - s \, \mathrm{lr} \, (1 + s \rho / \sqrt 2) \, h
 
-while the perturbation leaves :math:`w_2` positive. Both go along the gradient
-to the valley, and then cross it to and fro. SAM is drawn towards the origin as
-well, and so along the valley to (0.2, 0.2), its point of the smallest norm.
-ASAM is not: it stays about where it has reached the valley. A zigzag alone, as
-that of SGD, leads to (0.2, 0.2) too, but only with :math:`\mathrm{lr}^2`: 100
-steps take ASAM a fifth of the way from the first start, 2000 steps all of it.
+Both descend into the valley and then oscillate across it. SAM is also pulled
+towards the origin, and so drifts along the valley to (0.2, 0.2), its point of
+smallest norm. ASAM stays close to where it reached the valley: the oscillation
+alone, as in SGD, leads to (0.2, 0.2) too, but only at order
+:math:`\mathrm{lr}^2`. From the first start, 100 steps take ASAM a fifth of the
+way, 2000 steps all of it.
 
-SAM's perturbation has length :math:`\rho`, however small w is. Below the valley
-it takes :math:`\rho \, w_1 / \|w\|_2` from :math:`w_2`. Where that is all there
-is, the ReLU is dead at the perturbed weights, the second gradient is zero, and
-SAM stands still for ever: at every w below the valley with :math:`w_2 \|w\|_2
-\le \rho \, w_1`. At :math:`w_1` = 0.3 and :math:`\rho` = 0.05 this goes up to
-:math:`w_2` = 0.0493. ASAM's perturbation there is :math:`-\rho \, w / \sqrt 2`,
-which takes no more than a part of :math:`w_2`.
+SAM's perturbation has length :math:`\rho` however small w is. Below the valley
+it subtracts :math:`\rho \, w_1 / \|w\|_2` from :math:`w_2`; if nothing is
+left, the ReLU is dead at the perturbed weights, the second gradient is zero,
+and SAM never moves: at every w below the valley with :math:`w_2 \|w\|_2 \le
+\rho \, w_1`. ASAM's perturbation there, :math:`-\rho \, w / \sqrt 2`, only
+ever takes a fraction of :math:`w_2`.
 
-The second picture is of a scaling that changes no value of the loss, A =
-diag(3, 1/3), at w = (1, 1). ASAM's ball is scaled with the weights, and the
-loss rises in it as far as before; SAM's ball stays, and the loss rises further.
+The second figure shows a scaling that leaves the loss unchanged, A = diag(3,
+1/3), at w = (1, 1). ASAM's ball scales with the weights and the loss rises in
+it by as much as before; SAM's ball does not, and the loss rises further.
 
 References:
   Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021. The loss and
-  the settings were fitted to the figure that is published there.
+  the settings were fitted to the figure published there.
 """
 
-import argparse
 from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
 from pathlib import Path
-import sys
 from typing import Any
 
 import jax
@@ -56,22 +53,23 @@ from matplotlib.patches import Ellipse
 import numpy as np
 import optax
 
-sys.path.append(str(Path(__file__).parents[1] / 'examples'))
+from experiments import cli
+from experiments.paper import program
+from experiments.report import records
+from experiments.report import reporting
 from optax_asam import asam
 from optax_asam import ascent
 from optax_asam import normalization
 from optax_asam import sam
 from optax_asam import sharpness
-import records
 
 LEARNING_RATE = 0.05
 RHO = 0.05
 ETA = 0.0
-# After 100 steps SAM is nearest to where the published picture ends.
+# After 100 steps SAM is closest to where the published figure ends.
 STEPS = 100
 STARTS = ((0.2, 0.05), (0.3, 0.033))
-# What is known of the published picture: an optimizer, the number of a start, a
-# step, and the weights there as one reads them off.
+# Read off the published figure: optimizer, start, step, and the weights there.
 PUBLISHED = (
   ('sam', 0, 12, (0.237, 0.168)),
   ('sam', 0, STEPS, (0.206, 0.194)),
@@ -86,15 +84,13 @@ OPTIMIZERS = {
 
 POINT = (1.0, 1.0)
 SCALING = (3.0, 1 / 3)
-BALL_RHO = 0.3  # Large enough to be seen.
+BALL_RHO = 0.3  # Large enough to see.
 NORMALIZATIONS = {
   'sam': normalization.identity(),
   'asam': normalization.elementwise(ETA),
 }
 
-NAMES = {'sam': 'SAM', 'asam': 'ASAM'}
-# Dark enough on white, and told apart by the colour-blind (Okabe and Ito).
-COLORS = {'sam': '#0072b2', 'asam': '#d55e00'}
+COLORS = reporting.COLORS
 
 
 def loss_fn(w: jax.typing.ArrayLike) -> jax.Array:
@@ -107,7 +103,7 @@ def loss_fn(w: jax.typing.ArrayLike) -> jax.Array:
 def follow(
   tx: optax.GradientTransformationExtraArgs, start: jax.Array, steps: int
 ) -> jax.Array:
-  """The weights [steps + 1, 2] that ``tx`` visits, its start the first."""
+  """The weights [steps + 1, 2] that ``tx`` visits, including the start."""
   grad_fn = jax.grad(loss_fn)
 
   def step(carry: Any, _: None) -> tuple[Any, Any]:
@@ -121,7 +117,7 @@ def follow(
 
 
 def stuck_below(w1: np.ndarray, rho: float) -> np.ndarray:
-  """The w_2 up to which SAM stands still: w_2 ||w||_2 = rho w_1 there."""
+  """The w_2 up to which SAM never moves: w_2 ||w||_2 = rho w_1 there."""
   return w1 * np.sqrt((np.hypot(1, 2 * rho / w1) - 1) / 2)
 
 
@@ -132,10 +128,11 @@ def half_axes(name: str, w: jax.typing.ArrayLike) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def perturb(name: str, w: jax.Array) -> optax.Updates:
+def perturb(name: str, w: jax.Array) -> jax.Array:
   """The perturbation of ``sam`` or ``asam`` in the ball around w."""
-  tx = ascent.rho_ball(BALL_RHO, ETA, NORMALIZATIONS[name])
-  return tx.update(jax.grad(loss_fn)(w), tx.init(w), w)[0]
+  tx = ascent.steepest_ascent(NORMALIZATIONS[name])
+  eps: Any = tx.update(jax.grad(loss_fn)(w), tx.init(w), w)[0]
+  return BALL_RHO * eps
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -147,7 +144,7 @@ def measure_sharpness(name: str, w: jax.Array) -> jax.Array:
 
 
 def compute_trajectories() -> dict[str, Any]:
-  """What results.json holds of the first picture."""
+  """The entry of results.json for the first figure."""
   paths = {
     name: [np.asarray(follow(tx, jnp.array(start), STEPS)) for start in STARTS]
     for name, tx in OPTIMIZERS.items()
@@ -179,7 +176,7 @@ def compute_trajectories() -> dict[str, Any]:
 
 
 def compute_balls() -> dict[str, Any]:
-  """What results.json holds of the second picture."""
+  """The entry of results.json for the second figure."""
   points = np.array([POINT, np.multiply(SCALING, POINT)])
   return {
     'settings': {'rho': BALL_RHO, 'eta': ETA, 'scaling': SCALING},
@@ -187,17 +184,30 @@ def compute_balls() -> dict[str, Any]:
     'losses': to_list(loss_fn(points)),
     'perturbations': {
       name: to_list([perturb(name, jnp.asarray(w)) for w in points])
-      for name in NAMES
+      for name in NORMALIZATIONS
     },
     'sharpness': {
       name: to_list([measure_sharpness(name, jnp.asarray(w)) for w in points])
-      for name in NAMES
+      for name in NORMALIZATIONS
     },
   }
 
 
+def table(results: Mapping[str, Any]) -> str:
+  """The published points and those of the library in Markdown."""
+  rows = []
+  for each in results['beside_the_published']:
+    start = 'first' if each['start'] == [*STARTS[0]] else 'second'
+    step = 'end' if each['step'] == STEPS else f'{each["step"]} steps'
+    published = ', '.join(f'{x:g}' for x in each['published'])
+    here = ', '.join(f'{x:.3f}' for x in each['here'])
+    title = f'{each["optimizer"].upper()}, {start} start, {step}'
+    rows.append([title, f'({published})', f'({here})'])
+  return reporting.markdown(['', 'published', 'here'], rows)
+
+
 def to_list(x: Any) -> Any:
-  """``x`` as lists of numbers, with the digits that float32 has for sure."""
+  """``x`` as lists, rounded to the digits that float32 guarantees."""
   return np.round(np.asarray(x, np.float64), 6).tolist()
 
 
@@ -216,12 +226,12 @@ def write_trajectories(path: Path, results: Mapping[str, Any]) -> None:
         marker='.',
         markersize=3.5,
       )
-  # After all paths, so that none is drawn over an end.
+  # After all paths, so that no path covers an end.
   for name, ends in results['end_points'].items():
     axes.plot(
       *np.transpose(ends),
       color=COLORS[name],
-      label=f'{NAMES[name]}, and where it ends',
+      label=f'{name.upper()}, with its end',
       linestyle='',
       marker='o',
       markeredgecolor='white',
@@ -237,7 +247,7 @@ def write_trajectories(path: Path, results: Mapping[str, Any]) -> None:
 
 
 def draw_loss(axes: Axes, rho: float) -> None:
-  """Draws the loss around the valley, and where SAM stands still."""
+  """Draws the loss around the valley, and where SAM never moves."""
   w1, w2 = np.linspace(0.16, 0.36, 401), np.linspace(0, 0.24, 481)
   contours = axes.contour(
     w1,
@@ -264,7 +274,7 @@ def draw_loss(axes: Axes, rho: float) -> None:
   axes.text(
     0.165,
     0.008,
-    'Here SAM stands still: its perturbation kills the ReLU',
+    'SAM never moves here: its perturbation kills the ReLU',
     color=COLORS['sam'],
     bbox={'color': 'white', 'pad': 2},
   )
@@ -272,7 +282,7 @@ def draw_loss(axes: Axes, rho: float) -> None:
 
 
 def write_balls(path: Path, results: Mapping[str, Any]) -> None:
-  """Draws the balls around w and A w, and the contours that they reach."""
+  """Draws the balls around w and A w, and the contours they reach."""
   points, value = np.array(results['points']), results['losses'][0]
   rho, sharpnesses = results['settings']['rho'], results['sharpness']
   figure = Figure(figsize=(8, 4.3), dpi=150, layout='constrained')
@@ -295,10 +305,10 @@ def write_balls(path: Path, results: Mapping[str, Any]) -> None:
     )
     axes.clabel(contour, fmt=f'L(w) + {at_scaled_w:.3f}', manual=[label_at])
     label = (
-      rf'{NAMES[name]}, ${norm} \leq {rho:g}$: max L(w + $\epsilon$) - L(w) ='
+      rf'{name.upper()}, ${norm} \leq {rho:g}$: max L(w + $\epsilon$) - L(w) ='
       rf' {at_w:.3f} at w, {at_scaled_w:.3f} at A w'
     )
-    # Around w = (1, 1), where |w| = 1, both balls are the same.
+    # At w = (1, 1), where |w| = 1, the two balls coincide.
     for w, eps in zip(points, results['perturbations'][name], strict=True):
       ball = Ellipse(
         w,
@@ -321,25 +331,23 @@ def write_balls(path: Path, results: Mapping[str, Any]) -> None:
 
 
 def finish(figure: Figure, axes: Axes, path: Path) -> None:
-  """Names the axes, draws both to one scale, and writes the figure."""
+  """Labels the axes, gives them one scale, and writes the figure."""
   axes.set(xlabel='$w_1$', ylabel='$w_2$', aspect='equal')
   axes.spines[['top', 'right']].set_visible(False)
   figure.savefig(path)
 
 
 def main(argv: Sequence[str]) -> None:
-  """Runs the program."""
-  parser = argparse.ArgumentParser(
+  """Computes both figures and writes them with their numbers."""
+  parser = cli.Parser(
+    prog='trajectories',
     description="Draws the paper's trajectories of SAM and ASAM.",
-    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    allow_abbrev=False,
   )
-  parser.add_argument(
-    '--out', type=Path, default='out/trajectories', help='folder for the files'
-  )
+  add = parser.add_argument
+  add('--out', type=Path, default=Path('out/trajectories'), help='for results')
   args = parser.parse_args(argv)
   results = {
-    **records.provenance('experiments/trajectories.py', argv),
+    **records.provenance('experiments.paper.trajectories', argv),
     'trajectories': compute_trajectories(),
     'balls': compute_balls(),
   }
@@ -350,4 +358,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-  main(sys.argv[1:])
+  program.run(main)

@@ -1,7 +1,7 @@
 """Folders of JPEG files, one for each class, read by Grain.
 
-ImageNet as it is unpacked: ``train/n01440764/n01440764_18.JPEG`` and so on, and
-``val`` likewise.
+The layout of ImageNet: ``train/n01440764/n01440764_18.JPEG`` and so on, and
+likewise in ``val``.
 """
 
 from collections.abc import Iterator
@@ -13,27 +13,27 @@ import numpy as np
 from PIL import Image
 from PIL import UnidentifiedImageError
 
-import archives
-import data
+from experiments import data
+from experiments.data import archives
 
-# Left, top, right and bottom of a part of an image.
+# Left, top, right and bottom of a crop.
 Box = tuple[float, float, float, float]
 
 SUFFIXES = ('.jpeg', '.jpg', '.png')
-# What a random crop covers of the image, and its ratio of width to height.
+# Of random crops: the fraction of the area, and the ratio of width to height.
 AREAS, RATIOS = (0.08, 1.0), (3 / 4, 4 / 3)
-# The centre that is looked at in evaluation, of the shorter side.
+# In evaluation: the side of the centre crop over the shorter side of the image.
 CENTRE = 0.875
 
 
 class ImageFolder:
-  """The files of a folder and their labels, as Grain reads them.
+  """The image files of a folder and their labels, a data source for Grain.
 
   Args:
-    folder: A folder with one for each class.
+    folder: A folder with a subfolder for each class.
 
   Attributes:
-    classes: The names of the folders, in the order of the labels.
+    classes: The names of the subfolders, in the order of the labels.
 
   Raises:
     archives.DataError: There is no image.
@@ -66,14 +66,14 @@ class ImageFolder:
 def train_batches(
   folder: ImageFolder, batch_size: int, size: int, *, seed: int, threads: int
 ) -> Iterator[data.Split]:
-  """One epoch in random order, of random crops that are flipped or not.
+  """One epoch in random order, with random crops and horizontal flips.
 
   Args:
-    folder: What to read.
-    batch_size: The size of a batch; what fills none sits the epoch out.
+    folder: The images.
+    batch_size: The size of a batch; an incomplete last batch is dropped.
     size: The height and width of images.
-    seed: The seed of order and crops.
-    threads: How many files are read at a time.
+    seed: The seed of the order, crops and flips.
+    threads: The number of files read in parallel.
 
   Returns:
     Batches: images, uint8 [batch_size, size, size, 3], and labels, int32.
@@ -91,7 +91,7 @@ def train_batches(
 def eval_batches(
   folder: ImageFolder, batch_size: int, size: int, *, threads: int
 ) -> Iterator[data.Split]:
-  """Each image once, its centre; the last batch may be smaller."""
+  """The centre crop of each image; the last batch may be smaller."""
   dataset = (
     grain.MapDataset.source(folder)
     .map(functools.partial(_read_centre, size))
@@ -130,9 +130,9 @@ def _read_random_crop(
 
 
 def random_box(width: int, height: int, rng: np.random.Generator) -> Box:
-  """A random part of an image, of random area and ratio.
+  """A crop of random area and ratio.
 
-  Where ten of them do not fit, it is the largest square in the middle.
+  If ten tries do not fit, the largest square in the centre.
   """
   for _ in range(10):
     area = width * height * rng.uniform(*AREAS)
@@ -145,7 +145,7 @@ def random_box(width: int, height: int, rng: np.random.Generator) -> Box:
 
 
 def centre_box(width: int, height: int, part: float) -> Box:
-  """The square in the middle with ``part`` of the shorter side."""
+  """The square in the centre with ``part`` of the shorter side."""
   side = part * min(width, height)
   left, top = (width - side) / 2, (height - side) / 2
   return left, top, left + side, top + side

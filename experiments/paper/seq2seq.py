@@ -1,7 +1,6 @@
-"""Trains a Transformer with Adam, under SAM or ASAM, and translates with it."""
+"""The compiled steps of translation: training, validation and beam search."""
 
 from collections.abc import Callable
-from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
 from typing import Any
@@ -14,15 +13,15 @@ import optax
 import sacrebleu
 import sentencepiece
 
-import beam_search
-import corpus
-import models
-import optax_asam
-from transformer import Transformer
+from experiments import models
+from experiments.models.transformer import Transformer
+from experiments.paper import beam_search
+from experiments.paper import corpus
+from experiments.paper import program
 
 
 class State(NamedTuple):
-  """What a step starts from."""
+  """All that a step changes."""
 
   params: optax.Params
   opt_state: optax.OptState
@@ -30,15 +29,15 @@ class State(NamedTuple):
 
 
 class Programs(NamedTuple):
-  """What is compiled, once for each shape of a batch.
+  """Jitted functions, compiled once for each shape of a batch.
 
   Attributes:
-    init: From a seed to a state.
-    step: From a state and a batch's source and target to the next state and
+    init: Maps a seed to a state.
+    step: Maps a state and a batch's source and target to the next state and
       the loss.
-    validate: From parameters, source and target to the sum of the negative
-      log-likelihoods of all pieces, and their number.
-    translate: From parameters and source to pieces, int32 [n, length].
+    validate: Maps parameters, source and target to the summed negative
+      log-likelihood of all pieces and their number.
+    translate: Maps parameters and source to pieces, int32 [n, length].
   """
 
   init: Callable[[int], State]
@@ -47,21 +46,8 @@ class Programs(NamedTuple):
   translate: Callable[[optax.Params, np.ndarray], jax.Array]
 
 
-# From a loss, rho and eta to what gives its value and the gradient that Adam is
-# handed.
-OPTIMIZERS: Mapping[str, Callable[[Any, float, float], Any]] = {
-  'adam': lambda loss_fn, rho, eta: jax.value_and_grad(loss_fn),
-  'sam': lambda loss_fn, rho, eta: optax_asam.value_and_grad(
-    loss_fn, rho=rho, adaptive=False
-  ),
-  'asam': lambda loss_fn, rho, eta: optax_asam.value_and_grad(
-    loss_fn, rho=rho, eta=eta
-  ),
-}
-
-
 def make_schedule(lr: float, warmup: int) -> optax.Schedule:
-  """Rises in a line to ``lr``, and then falls with the root of the steps."""
+  """Linear warm-up to ``lr``, then inverse square root decay."""
   return lambda step: (
     lr * jnp.minimum((step + 1) / warmup, jnp.sqrt(warmup / (step + 1)))
   )
@@ -80,7 +66,7 @@ def make_programs(
   label_smoothing: float,
   beam: int,
 ) -> Programs:
-  """Makes the programs of an optimizer, a name in ``OPTIMIZERS``, once."""
+  """Makes the programs of 'adam', 'sam' or 'asam'; compiles nothing twice."""
   tx = optax.adamw(
     make_schedule(lr, warmup), b1=0.9, b2=0.98, weight_decay=weight_decay
   )
@@ -106,8 +92,10 @@ def make_programs(
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state, source, target):
     key, dropout_key = jax.random.split(state.key)
-    # One key, so that both passes drop the same.
-    value_and_grad = OPTIMIZERS[optimizer](loss_fn, rho, eta)
+    value_and_grad = program.value_and_grad(
+      optimizer, loss_fn, rho=rho, eta=eta
+    )
+    # One key, so that both passes drop the same units.
     loss, grads = value_and_grad(state.params, source, target, dropout_key)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     return State(
@@ -136,7 +124,7 @@ def make_programs(
       get_logits,
       n,
       beam=beam,
-      # Longer ones are rare.
+      # Longer translations are rare.
       length=int(1.2 * source_length) + 10,
       bos=corpus.BOS,
       eos=corpus.EOS,
@@ -147,7 +135,7 @@ def make_programs(
 
 
 def _sum_losses(logits, target, label_smoothing):
-  """The sum of the losses of all pieces after the first, and their number."""
+  """The summed loss of all pieces after the first, and their number."""
   labels = target[:, 1:]
   is_piece = labels != corpus.PAD
   losses = models.cross_entropies(logits, labels, label_smoothing)
@@ -161,7 +149,7 @@ def train_epoch(
   max_tokens: int,
   rng: np.random.Generator,
 ) -> tuple[State, float]:
-  """Trains on all pairs once; the mean loss of the steps, before each."""
+  """Trains on all pairs once; returns the state and the mean loss."""
   losses = []
   for batch in corpus.batches(pairs, max_tokens, rng):
     state, loss = programs.step(state, batch.source, batch.target)
@@ -175,7 +163,7 @@ def validation_loss(
   pairs: Sequence[corpus.Pieces],
   max_tokens: int,
 ) -> float:
-  """The mean negative log-likelihood of a piece."""
+  """The mean negative log-likelihood per piece."""
   sums = [
     programs.validate(params, batch.source, batch.target)
     for batch in corpus.batches(pairs, max_tokens, None)
@@ -191,8 +179,8 @@ def bleu(
   vocabulary: sentencepiece.SentencePieceProcessor,
   max_tokens: int,
 ) -> float:
-  """BLEU of the translations of ``pairs``, from 0 to 100, in lower case."""
-  # The reference has no part in how long a translation may be.
+  """Lower-case BLEU, from 0 to 100, of the translations of ``pairs``."""
+  # The reference must not influence how long a translation may be.
   sources = [(source, []) for source, _ in corpus.encode(vocabulary, pairs)]
   translations = [''] * len(pairs)
   for batch in corpus.batches(sources, max_tokens, None):
@@ -207,5 +195,5 @@ def bleu(
 
 
 def bleu_signature() -> str:
-  """SacreBLEU's version and settings, in its own words."""
+  """SacreBLEU's signature: its version and settings."""
   return sacrebleu.BLEU(references=[['']]).get_signature().format()

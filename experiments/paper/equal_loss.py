@@ -1,7 +1,7 @@
-"""Trains many networks, each with settings of its own, to one training loss.
+"""Trains many networks, each with its own settings, to the same training loss.
 
-Networks that differ in learning rate, weight decay, dropout and seed alone are
-one program, mapped over them.
+Networks that differ only in learning rate, weight decay, dropout and seed share
+one compiled step, mapped over them.
 """
 
 from collections.abc import Callable
@@ -15,13 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import data
-import models
+from experiments import data
 
 MOMENTUM = 0.9
 HIDDEN_SIZES = (256, 256)
-# How often in an epoch the loss on the whole training set is looked at, from
-# when a network's is at most NEAR times the target; before, once.
+# How often per epoch the loss on the whole training set is checked, once that
+# of some network is at most NEAR times the target; until then, once.
 LOOKS, NEAR = 4, 2.0
 
 
@@ -36,11 +35,11 @@ class Settings(NamedTuple):
 
 
 class Trained(NamedTuple):
-  """Networks at the first look at which their loss was low enough.
+  """Networks at the first check at which their loss was low enough.
 
   Attributes:
-    params: Their parameters, with a leading axis of networks; NaN for one that
-      did not get there.
+    params: Their parameters with a leading axis of networks; NaN for a network
+      that did not reach the target.
     train_loss: Their loss on the whole training set, without dropout,
       [networks].
     epochs: How long it took, [networks].
@@ -52,13 +51,13 @@ class Trained(NamedTuple):
 
 
 class TrainState(NamedTuple):
-  """What a step of one network starts from.
+  """The state of one network between steps.
 
   Attributes:
     params: Its parameters.
     opt_state: The state of SGD.
     key: The random key of the epochs to come.
-    step_key: That of the dropout in this epoch.
+    step_key: The random key of this epoch's dropout.
     order: The order of the examples in this epoch.
   """
 
@@ -78,9 +77,9 @@ class Network(nn.Module):
   def __call__(
     self, images: jax.Array, dropout: Any = 0.0, key: jax.Array | None = None
   ) -> jax.Array:
-    """Maps images [n, ...] to logits; without a key nothing is dropped.
+    """Maps images [n, ...] to logits; without a key, nothing is dropped.
 
-    Flax's own dropout wants a rate that is a Python number.
+    ``nn.Dropout`` takes no traced rate.
     """
     x = images.reshape(images.shape[0], -1)
     for i, size in enumerate(HIDDEN_SIZES):
@@ -97,23 +96,20 @@ def loss_fn(
   params: optax.Params, network: Network, split: data.Split, *dropout: Any
 ) -> jax.Array:
   """The mean cross-entropy; ``dropout`` is a rate and a key, or nothing."""
-  logits = _apply(params, network, split.images, *dropout)
-  return models.cross_entropies(logits, split.labels).mean()
+  variables: Any = {'params': params}
+  logits: Any = network.apply(variables, split.images, *dropout)
+  return optax.softmax_cross_entropy_with_integer_labels(
+    logits, split.labels
+  ).mean()
 
 
 def error_rate(
   params: optax.Params, network: Network, split: data.Split
 ) -> jax.Array:
   """The fraction of wrong predictions."""
-  logits = _apply(params, network, split.images)
+  variables: Any = {'params': params}
+  logits: Any = network.apply(variables, split.images)
   return jnp.mean(jnp.argmax(logits, axis=-1) != split.labels)
-
-
-def _apply(
-  params: optax.Params, network: Network, images: data.Array, *dropout: Any
-) -> jax.Array:
-  variables: dict[str, Any] = {'params': params}
-  return jnp.asarray(network.apply(variables, images, *dropout))
 
 
 def train(
@@ -130,29 +126,17 @@ def train(
   Args:
     settings: Their settings, all with the same batch size.
     num_classes: The number of classes.
-    split: What they are trained on, with images as networks take them.
+    split: The training set, preprocessed.
     target: The loss on the whole training set at which training ends.
-    max_epochs: How long a network may take.
-    report: Is told how far it is, now and then.
+    max_epochs: The number of epochs after which a network is given up.
+    report: Called with a line of progress after each epoch.
   """
   network = Network(num_classes)
   count, n = len(settings.lr), len(split.labels)
   [batch_size] = set(settings.batch_size)
   num_steps = n // batch_size
   hyper = [jnp.asarray(x, jnp.float32) for x in settings[1:4]]
-  init = functools.partial(_init, network, split)
-  state = jax.jit(jax.vmap(init))(jnp.asarray(settings.seed, jnp.uint32))
-  shuffle = jax.jit(jax.vmap(functools.partial(_shuffle, n)))
-  step = jax.jit(
-    jax.vmap(
-      functools.partial(_step, network, batch_size),
-      in_axes=(0, 0, 0, 0, None, None),
-    )
-  )
-  all_losses = jax.jit(
-    jax.vmap(loss_fn, in_axes=(0, None, None)), static_argnums=1
-  )
-
+  state = _init_all(network, split, jnp.asarray(settings.seed, jnp.uint32))
   reached = Trained(
     jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), state.params),
     np.full(count, np.nan),
@@ -161,34 +145,56 @@ def train(
   active = np.arange(count)
   missing, is_near = np.full(count, True), False
   for epoch in range(max_epochs):
-    state = shuffle(state)
-    for i in range(num_steps):
-      state = step(state, *hyper, split, i)
-      done = i + 1
+    state = _shuffle_all(state)
+    for done in range(1, num_steps + 1):
+      state = _step_all(network, batch_size, state, *hyper, split, done - 1)
       is_look = is_near and done % max(1, num_steps // LOOKS) == 0
       if not is_look and done < num_steps:
         continue
-      losses = np.asarray(all_losses(state.params, network, split))
+      losses = np.asarray(_losses_of_all(state.params, network, split))
       is_new = (losses <= target) & np.isnan(reached.train_loss[active])
       new = active[is_new]
       reached.train_loss[new] = losses[is_new]
       reached.epochs[new] = epoch + done / num_steps
-      for mine, theirs in zip(
+      for kept, now in zip(
         jax.tree.leaves(reached.params),
         jax.tree.leaves(state.params),
         strict=True,
       ):
-        mine[new] = np.asarray(theirs)[is_new]
+        kept[new] = np.asarray(now)[is_new]
       missing = np.isnan(reached.train_loss[active])
       is_near = np.min(losses[missing], initial=np.inf) <= NEAR * target
     report(f'epoch {epoch + 1}: {missing.sum()} of {count} networks left')
     if not missing.any():
       break
-    # A program for fewer networks is compiled when that saves half of the work.
+    # Recompile for fewer networks only when that halves the work.
     if 2 * missing.sum() <= len(active):
       active = active[missing]
       state, hyper = jax.tree.map(lambda x, m=missing: x[m], (state, hyper))
   return reached
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init_all(network, split, seeds):
+  return jax.vmap(functools.partial(_init, network, split))(seeds)
+
+
+@jax.jit
+def _shuffle_all(state):
+  return jax.vmap(_shuffle)(state)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _step_all(network, batch_size, state, lr, weight_decay, dropout, split, i):
+  return jax.vmap(
+    functools.partial(_step, network, batch_size),
+    in_axes=(0, 0, 0, 0, None, None),
+  )(state, lr, weight_decay, dropout, split, i)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _losses_of_all(params, network, split):
+  return jax.vmap(loss_fn, in_axes=(0, None, None))(params, network, split)
 
 
 def _init(network: Network, split: data.Split, seed: jax.Array) -> TrainState:
@@ -198,10 +204,12 @@ def _init(network: Network, split: data.Split, seed: jax.Array) -> TrainState:
   return TrainState(params, _make_tx(0.0, 0.0).init(params), key, key, order)
 
 
-def _shuffle(n: int, state: TrainState) -> TrainState:
+def _shuffle(state: TrainState) -> TrainState:
   key, order_key, step_key = jax.random.split(state.key, 3)
   return state._replace(
-    key=key, step_key=step_key, order=jax.random.permutation(order_key, n)
+    key=key,
+    step_key=step_key,
+    order=jax.random.permutation(order_key, len(state.order)),
   )
 
 
@@ -211,16 +219,7 @@ def _make_tx(lr: Any, weight_decay: Any) -> optax.GradientTransformation:
   )
 
 
-def _step(
-  network: Network,
-  batch_size: int,
-  state: TrainState,
-  lr: jax.Array,
-  weight_decay: jax.Array,
-  dropout: jax.Array,
-  split: data.Split,
-  i: jax.Array,
-) -> TrainState:
+def _step(network, batch_size, state, lr, weight_decay, dropout, split, i):
   """The i-th step of an epoch of one network."""
   indices = jax.lax.dynamic_slice_in_dim(
     state.order, i * batch_size, batch_size

@@ -1,8 +1,7 @@
-"""The talks of IWSLT'14, German to English, as pieces of words in batches.
+"""The talks of IWSLT'14, German to English, as batches of subword pieces.
 
-The split into training, validation and test is the usual one, and so are the
-rules for what is left out; tokens are those of BLEU there (13a), where others
-take those of Moses. Everything is in lower case.
+The splits and the length filter are the usual ones, except that the filter
+counts the tokens of BLEU (13a) rather than of Moses. All text is lower case.
 """
 
 from collections.abc import Callable
@@ -18,7 +17,8 @@ import numpy as np
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 import sentencepiece
 
-import archives
+from experiments.data import archives
+from experiments.models import transformer
 
 ARCHIVE = archives.Published(
   'https://dl.fbaipublicfiles.com/fairseq/data/iwslt14/de-en.tgz', md5=None
@@ -33,13 +33,14 @@ TESTS = tuple(
     *('TED.tst2010', 'TED.tst2011', 'TED.tst2012'),
   )
 )
-# Lines of the training file that are not said in the talk.
+# Tags of lines in the training file that are not part of the talk.
 NOT_TEXT = ('<url>', '<talkid>', '<keywords>')
 MAX_TOKENS_OF_SENTENCE, MAX_RATIO = 175, 1.5
 # Every 23rd pair of those for training.
 VALIDATION_STEP = 23
 
-PAD, BOS, EOS, UNKNOWN = range(4)
+PAD = transformer.PAD
+BOS, EOS, UNKNOWN = (PAD + i for i in range(1, 4))
 
 # German, English.
 Pair = tuple[str, str]
@@ -55,10 +56,10 @@ class Corpus(NamedTuple):
 
 
 def load(data_dir: Path | None) -> Corpus:
-  """Reads the corpus from its archive, which is downloaded if it is not there.
+  """Reads the corpus from its archive, which is downloaded if missing.
 
   Args:
-    data_dir: The folder with the archive, or with what was extracted from it.
+    data_dir: The folder with the archive, or with its extracted files.
 
   Raises:
     archives.DataError: A file is missing, truncated or damaged.
@@ -79,21 +80,21 @@ def load(data_dir: Path | None) -> Corpus:
 def _read_pairs(
   path: Path, name: str, suffix: str, parse: Callable[[str], list[str]]
 ) -> list[Pair]:
-  """Reads a file of each language; a ValueError unless as long as the other."""
+  """Reads a file in both languages; a ValueError if their lengths differ."""
   names = [f'{name}.{language}{suffix}' for language in LANGUAGES]
   contents = archives.read_members(path, ARCHIVE.md5, FOLDER, names)
   german, english = (parse(contents[name].decode('utf-8')) for name in names)
   if not german or len(german) != len(english):
     raise ValueError(
-      f'{" and ".join(names)} must have as many sentences, but have'
+      f'{" and ".join(names)} must have equally many sentences, but have'
       f' {len(german)} and {len(english)}'
     )
   return list(zip(german, english, strict=True))
 
 
 def talk_lines(text: str) -> list[str]:
-  """The lines of a training file that are said, or are a title or a summary."""
-  # Not splitlines: some lines hold characters that it takes for an end, too.
+  """The text, titles and summaries of a training file."""
+  # Not splitlines, which also splits at characters that some lines contain.
   return [
     re.sub('</?(title|description)>', '', line).strip().lower()
     for line in text.removesuffix('\n').split('\n')
@@ -108,7 +109,7 @@ def segments(text: str) -> list[str]:
 
 
 def clean(pairs: Sequence[Pair]) -> list[Pair]:
-  """Leaves out pairs that are empty, long, or of very different lengths."""
+  """Drops pairs that are empty, long, or of very different lengths."""
   tokenize = Tokenizer13a()
 
   def is_good(pair):
@@ -121,10 +122,10 @@ def clean(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def train_vocabulary(pairs: Sequence[Pair], size: int) -> bytes:
-  """Byte-pair encoding of both languages, as a model of SentencePiece.
+  """A joint byte-pair encoding, as a serialized SentencePiece model.
 
   Raises:
-    ValueError: There is too little text for as many pieces.
+    ValueError: There is too little text for so many pieces.
   """
   model = io.BytesIO()
   try:
@@ -142,7 +143,7 @@ def train_vocabulary(pairs: Sequence[Pair], size: int) -> bytes:
     )
   except RuntimeError as error:
     raise ValueError(
-      f'argument --vocab-size: {size} does not suit this text ({error}). Write'
+      f'argument --vocab-size: {size} does not fit this text ({error}). Write'
       f' a smaller one.'
     ) from error
   return model.getvalue()
@@ -151,7 +152,7 @@ def train_vocabulary(pairs: Sequence[Pair], size: int) -> bytes:
 def encode(
   vocabulary: sentencepiece.SentencePieceProcessor, pairs: Sequence[Pair]
 ) -> list[Pieces]:
-  """Sentences in pieces: the source has a mark at its end, the target two."""
+  """Sentences as pieces: the source with EOS, the target with BOS and EOS."""
   german, english = zip(*pairs, strict=True)
   return [
     ([*source, EOS], [BOS, *target, EOS])
@@ -164,10 +165,11 @@ def encode(
 
 
 class Batch(NamedTuple):
-  """Pairs of about one length, padded to one shape for many batches.
+  """Pairs of similar length, padded to a shape that many batches share.
 
   Attributes:
-    indices: Which pairs, int [pairs]; fewer than n in the last one of a shape.
+    indices: Which pairs, int [pairs]; fewer than n in the last batch of a
+      shape.
     source: int32 [n, length].
     target: int32 [n, length].
   """
@@ -180,13 +182,13 @@ class Batch(NamedTuple):
 def batches(
   pairs: Sequence[Pieces], max_tokens: int, rng: np.random.Generator | None
 ) -> Iterator[Batch]:
-  """Batches of all pairs, of few shapes: for each, a program is compiled.
+  """Batches of all pairs in few shapes, each of which is compiled once.
 
   Args:
-    pairs: Sentences in pieces.
-    max_tokens: How large a batch is, in pieces of one language; a pair longer
-      than that is a batch of its own.
-    rng: Shuffles pairs and batches; without it they come by length.
+    pairs: Sentences as pieces.
+    max_tokens: The size of a batch in pieces of one language; a longer pair is
+      a batch of its own.
+    rng: Shuffles pairs and batches; without it, they are ordered by length.
   """
   lengths = np.array([padded_length(max(map(len, pair))) for pair in pairs])
   order = np.arange(len(pairs)) if rng is None else rng.permutation(len(pairs))
@@ -206,8 +208,11 @@ def batches(
 
 
 def padded_length(length: int) -> int:
-  """The next multiple of 8; of more, as it grows, so that there are few."""
+  """Rounds up to a multiple of 8, and of 16, 32, ... for longer sentences."""
   step = 8
   while length > 4 * step:
     step *= 2
   return -(-length // step) * step
+
+
+CORPORA = {'iwslt': load}

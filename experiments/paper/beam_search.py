@@ -1,4 +1,4 @@
-"""Beam search: the sequences that a model thinks most probable."""
+"""Beam search for the most probable sequences of a model."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,18 +6,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Less than any score, and finite, so that differences of such are numbers.
+# Below any score, and finite, so that differences are numbers.
 NEVER = -1e9
 
 
 class Beam(NamedTuple):
-  """What is known after some steps, for n searches with k sequences each.
+  """The state of n searches with k sequences each.
 
   Attributes:
-    tokens: Those that go on, int32 [n, k, length].
+    tokens: Unfinished sequences, int32 [n, k, length].
     scores: Their log-probabilities, [n, k].
-    ended: Those that have ended, int32 [n, k, length].
-    ended_scores: The means of their log-probabilities, [n, k].
+    ended: Finished sequences, int32 [n, k, length].
+    ended_scores: Their mean log-probabilities per token, [n, k].
   """
 
   tokens: jax.Array
@@ -36,26 +36,26 @@ def search(
   eos: int,
   pad: int,
 ) -> jax.Array:
-  """Finds the sequence whose mean log-probability is highest.
+  """Finds the sequence with the highest mean log-probability per token.
 
   Args:
-    get_logits: From sequences [n * beam, length], padded, and an index i to the
-      logits of what follows the i-th token, [n * beam, vocabulary].
+    get_logits: Maps padded sequences [n * beam, length] and an index i to the
+      logits of the token after the i-th, [n * beam, vocabulary].
     n: The number of searches.
-    beam: How many sequences each keeps.
-    length: The longest sequence with its first mark.
-    bos: The mark that a sequence begins with.
-    eos: The mark that it ends with; it counts in the mean.
-    pad: What comes after that.
+    beam: The number of sequences that each keeps.
+    length: The largest length, with ``bos``.
+    bos: The first token of a sequence.
+    eos: The last token of a sequence; it counts in the mean.
+    pad: The token after the last one.
 
   Returns:
-    The sequences, int32 [n, length], with both marks. Where none has ended, the
-    one that goes on with the highest log-probability.
+    The sequences, int32 [n, length], with ``bos`` and ``eos``. If none has
+    ended, the unfinished one with the highest log-probability.
   """
   empty = jnp.full([n, beam, length], pad)
   start = Beam(
     tokens=empty.at[:, :, 0].set(bos),
-    # One sequence that all others come from.
+    # All sequences descend from the first.
     scores=jnp.full([n, beam], NEVER).at[:, 0].set(0.0),
     ended=empty,
     ended_scores=jnp.full([n, beam], NEVER),
@@ -66,7 +66,7 @@ def search(
     added = jax.nn.log_softmax(logits).reshape(n, beam, -1)
     scores = state.scores[:, :, None] + added
 
-    # With eos, each sequence ends.
+    # With eos, a sequence ends.
     ended_now = state.tokens.at[:, :, i + 1].set(eos)
     ended, ended_scores = _best(
       jnp.concatenate([state.ended, ended_now], axis=1),
@@ -75,7 +75,7 @@ def search(
       ),
       beam,
     )
-    # With anything else, it goes on.
+    # With any other token, it goes on.
     scores = scores.at[:, :, eos].set(NEVER).reshape(n, -1)
     scores, chosen = jax.lax.top_k(scores, beam)
     parents, last = jnp.divmod(chosen, added.shape[-1])
@@ -85,7 +85,7 @@ def search(
 
   def may_improve(carry):
     i, state = carry
-    # Scores only fall, so that the mean is at best this over all that is left.
+    # Scores only decrease: this bounds the mean of all continuations.
     bound = jnp.max(state.scores, axis=1) / (length - 1)
     return (i < length - 1) & jnp.any(
       bound > jnp.max(state.ended_scores, axis=1)

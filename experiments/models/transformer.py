@@ -4,8 +4,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-import corpus
-
+# The piece after the end of a sentence, which attention ignores.
+PAD = 0
 INIT = nn.initializers.xavier_uniform()
 
 
@@ -67,7 +67,7 @@ class Transformer(nn.Module):
   def encode(self, source: jax.Array, train: bool = False) -> jax.Array:
     """Maps pieces to [n, source length, width]."""
     x = self._embed(self.source_embed, source, train)
-    is_piece = source != corpus.PAD
+    is_piece = source != PAD
     mask = nn.make_attention_mask(is_piece, is_piece)
     for layer in self.encoder:
       x = layer(x, mask, train=train)
@@ -86,9 +86,7 @@ class Transformer(nn.Module):
     With a ``position``, of what follows there alone, [n, 1, vocab_size].
     """
     x = self._embed(self.target_embed, target, train)
-    source_mask = nn.make_attention_mask(
-      jnp.ones_like(target), source != corpus.PAD
-    )
+    source_mask = nn.make_attention_mask(jnp.ones_like(target), source != PAD)
     for layer in self.decoder:
       x = layer(
         x, nn.make_causal_mask(target), encoded, source_mask, train=train

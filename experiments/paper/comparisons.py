@@ -1,18 +1,18 @@
-"""The comparisons of the paper's tables, as runs of ``examples/train.py``.
+"""The comparisons of the paper's tables, as runs of ``experiments.compare``.
 
 ::
 
-    python experiments/comparisons.py --jobs 2
+    python -m experiments.paper.comparisons --jobs 2
 
-A run chooses rho among six values, on held-out data with one seed, and trains
-with it: the MLP on 60,000 images of Fashion-MNIST with five seeds, the CNN on
-10,000 with three. Each has a folder in ``--out``. What is finished is not run
-again, and what was interrupted goes on.
+Each run chooses rho among six values, on held-out data with one seed, and then
+trains with it: the MLP on 60,000 images of Fashion-MNIST with five seeds, the
+CNN on 10,000 with three. Each has a folder in ``--out``. Finished runs are
+skipped and interrupted ones resumed. ``experiments.paper.tables`` makes the
+tables.
 """
 
 from collections.abc import Sequence
 import concurrent.futures
-import functools
 import json
 import os
 from pathlib import Path
@@ -21,10 +21,11 @@ import subprocess
 import sys
 import time
 
-sys.path.append(str(Path(__file__).parents[1] / 'examples'))
-import arguments
+from experiments import cli
+from experiments import run_folder
+from experiments.paper import program
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EPOCHS = 30
 COMMON = [
   *('--dataset=fashion_mnist', '--batch-size=128', '--label-noise=0'),
@@ -32,18 +33,18 @@ COMMON = [
 ]
 MODELS = {
   'mlp': ['--model=mlp', '--seeds=5', '--merge-held-out'],
-  # At 0.1, SAM of a large rho ends at chance.
+  # At 0.1, SAM with a large rho ends at chance.
   'cnn': ['--model=cnn', '--seeds=3', '--train-size=10000', '--lr=0.03'],
   'cnn-bn': ['--model=cnn-bn', '--seeds=3', '--train-size=10000'],
 }
 
-# Values of the paper's grid, which ends at 2.
+# Values of the paper's grid, whose largest is 2.
 SMALL = '0.01,0.02,0.05,0.1,0.2,0.5'
 LARGE = '0.05,0.1,0.2,0.5,1,2'
 SAM = ['--search-seeds=1', f'--rho=sam={SMALL}']
 ASAM = ['--search-seeds=1', f'--rho=asam={LARGE}']
-# The options of each run, by the rest of its name. Of those given twice, the
-# last ones count.
+# The options of each run, by what follows the model in its name. If an option
+# is given twice, the last one counts.
 ALL = {'all': [*SAM, *ASAM]}
 CLASSIFICATION = {
   'sgd-twice': ['--optimizer=sgd', f'--epochs={2 * EPOCHS}'],
@@ -63,13 +64,13 @@ NOISE = {
 M_SHARPNESS = {
   f'm-{m}': [
     *('--optimizer=sam,asam', *SAM, *ASAM, f'--m-sharpness={m}'),
-    # One group after the other, the faster way on CPU.
+    # One group after the other: faster on CPU.
     '--m-sharpness-by=microbatching',
   ]
   for m in (32, 8)
 }
 LAYERS = {
-  # So few parameters take larger radii.
+  # So few parameters need larger radii.
   'perturb-normalization': [
     *('--optimizer=sam,asam', '--perturb=normalization', '--search-seeds=1'),
     '--rho=0.2,0.5,1,2,5,10',
@@ -88,26 +89,30 @@ RUNS = {
 }
 
 
-def finished_command(folder: Path) -> list[str]:
-  """The command of a run that has come to its end; empty of any other."""
-  file = folder / 'results.json'
-  results = json.loads(file.read_text()) if file.exists() else {}
-  return shlex.split(results['command']) if results.get('complete') else []
+def is_finished(name: str, out: Path) -> bool:
+  """Whether a run has finished; a ValueError if it had other options."""
+  if not run_folder.is_finished(out / name):
+    return False
+  results = json.loads((out / name / run_folder.RESULTS).read_text())
+  if f' {shlex.join(RUNS[name])} ' not in f'{results["command"]} ':
+    raise ValueError(
+      f"argument --out: '{out / name}' holds a run with other options than"
+      f' {name} has now. Remove it, or write another --out.'
+    )
+  return True
 
 
-def run(name: str, out: Path, options: Sequence[str]) -> bool:
-  """Runs what is not finished; its output goes to a file. Whether it ended."""
+def run(name: str, out: Path, data_dir: Path | None) -> bool:
+  """Runs or resumes a comparison in a process. Whether it finished."""
   folder = out / name
-  if finished_command(folder):
-    return True
   folder.mkdir(parents=True, exist_ok=True)
-  # Relative to where it runs, as the results name them.
+  relative = lambda path: os.path.relpath(path, ROOT)
   command = [
-    *(sys.executable, 'examples/train.py'),
-    f'--out={os.path.relpath(folder, ROOT)}',
+    *(sys.executable, '-m', 'experiments.compare'),
+    f'--out={relative(folder)}',
     *RUNS[name],
-    *options,
-    *(['--resume'] if (folder / arguments.STARTED_WITH).exists() else []),
+    *([f'--data-dir={relative(data_dir)}'] if data_dir else []),
+    *(['--resume'] if run_folder.is_resumable(folder) else []),
   ]
   start = time.perf_counter()
   with (folder / 'output.txt').open('a') as output:
@@ -117,11 +122,7 @@ def run(name: str, out: Path, options: Sequence[str]) -> bool:
       stdout=output,
       stderr=subprocess.STDOUT,
       # Each run on one core.
-      env={
-        **os.environ,
-        'PYTHONPATH': str(ROOT),
-        'XLA_FLAGS': '--xla_cpu_multi_thread_eigen=false',
-      },
+      env=os.environ | {'XLA_FLAGS': '--xla_cpu_multi_thread_eigen=false'},
       check=False,
     ).returncode
   minutes = (time.perf_counter() - start) / 60
@@ -131,43 +132,35 @@ def run(name: str, out: Path, options: Sequence[str]) -> bool:
 
 
 def main(argv: Sequence[str]) -> None:
-  """Runs the program."""
-  parser = arguments.Parser(
+  """Runs what is not finished."""
+  parser = cli.Parser(
+    prog='comparisons',
     description="Runs the comparisons of the paper's tables.",
     epilog=f'Runs: {", ".join(RUNS)}.',
-    allow_abbrev=False,
   )
   add = parser.add_argument
   add('runs', nargs='*', metavar='run', help='which ones (all)')
   add('--data-dir', type=Path, help='folder with the files of Fashion-MNIST')
   add('--out', type=Path, default=Path('out/comparisons'), help='for results')
-  add(
-    '--jobs', type=arguments.count(2), default=1, help='how many at a time (1)'
-  )
+  add('--jobs', type=cli.count(2), default=1, help='how many at a time (1)')
   args = parser.parse_args(argv)
   unknown = sorted(set(args.runs) - set(RUNS))
   if unknown:
     parser.error(
-      f'there is no run {unknown[0]!r}. Write some of {", ".join(RUNS)}, or'
-      f' none for all.'
+      f'argument run: there is no run {unknown[0]!r}. Write some of'
+      f' {", ".join(RUNS)}, or none for all.'
     )
-  for name in args.runs or RUNS:
-    command = finished_command(args.out / name)
-    if command and command[3 : 3 + len(RUNS[name])] != RUNS[name]:
-      parser.error(
-        f"argument --out: '{args.out / name}' holds a run with other options"
-        f' than {name} has now. Remove it, or write another --out.'
-      )
-  options = []
-  if args.data_dir:
-    options = [f'--data-dir={os.path.relpath(args.data_dir, ROOT)}']
+  try:
+    left = [
+      name for name in args.runs or RUNS if not is_finished(name, args.out)
+    ]
+  except ValueError as error:
+    parser.error(str(error))
   with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-    ended = pool.map(
-      functools.partial(run, out=args.out, options=options), args.runs or RUNS
-    )
-    if not all(list(ended)):
-      sys.exit(1)
+    jobs = [pool.submit(run, name, args.out, args.data_dir) for name in left]
+  if not all(job.result() for job in jobs):
+    sys.exit(1)
 
 
 if __name__ == '__main__':
-  main(sys.argv[1:])
+  program.run(main)

@@ -6,7 +6,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-import resnet
+from experiments.models import resnet
 
 
 class Bottleneck(nn.Module):

@@ -1,0 +1,106 @@
+"""Command lines: the parser, the types of options, and the check of --out."""
+
+import argparse
+from collections.abc import Callable
+import contextlib
+import math
+from typing import Any
+from typing import NoReturn
+
+import filelock
+
+from experiments import run_folder
+from experiments.report import records
+
+
+class Parser(argparse.ArgumentParser):
+  """A parser whose errors are one line, without the usage."""
+
+  def __init__(self, **kwargs: Any):
+    super().__init__(allow_abbrev=False, **kwargs)
+
+  def error(self, message: str) -> NoReturn:
+    """Prints what is wrong to stderr and exits with status 2."""
+    if not message.endswith('.'):  # argparse's own words
+      message = f'{message}. See --help.'
+    self.exit(2, f'{self.prog}: error: {message}\n')
+
+
+def checked(
+  convert: Callable[[str], Any],
+  is_valid: Callable[[Any], bool],
+  needed: str,
+  example: str,
+) -> Callable[[str], Any]:
+  """An argparse type whose error says what is needed, with an example."""
+
+  def parse(text):
+    with contextlib.suppress(ValueError):
+      value = convert(text)
+      if is_valid(value):
+        return value
+    raise argparse.ArgumentTypeError(
+      f'must be {needed}, but got {text!r}. For example: {example}.'
+    )
+
+  return parse
+
+
+def count(example: float) -> Callable[[str], int]:
+  """An argparse type for an integer >= 1."""
+  return checked(int, lambda n: n >= 1, 'an integer >= 1', f'{example:g}')
+
+
+def _number(is_valid, needed, example):
+  return checked(
+    float, lambda x: math.isfinite(x) and is_valid(x), needed, f'{example:g}'
+  )
+
+
+def positive(example: float) -> Callable[[str], float]:
+  """An argparse type for a finite number > 0."""
+  return _number(lambda x: x > 0, 'a finite number > 0', example)
+
+
+def nonnegative(example: float) -> Callable[[str], float]:
+  """An argparse type for a finite number >= 0."""
+  return _number(lambda x: x >= 0, 'a finite number >= 0', example)
+
+
+def fraction(example: float) -> Callable[[str], float]:
+  """An argparse type for a number in [0, 1)."""
+  return _number(lambda x: 0 <= x < 1, 'a number in [0, 1)', example)
+
+
+# Options that do not change what a run computes.
+NOT_CONFIG = ('out', 'resume', 'tensorboard', 'data_dir', 'threads')
+
+
+def to_json(args: Any) -> dict[str, Any]:
+  """The options of a program in JSON's types, which lack infinity."""
+  options = vars(args)
+  if 'ord' in options:
+    options = {**options, 'ord': f'{args.ord:g}'}
+  return records.to_json(options)
+
+
+def check_out(parser: Parser, args: Any) -> filelock.BaseFileLock:
+  """Claims ``--out`` for a run; exits if that cannot be done.
+
+  Returns:
+    A lock that is released when it is left or is no longer referred to.
+  """
+  determining = {
+    name: value
+    for name, value in to_json(args).items()
+    if name not in NOT_CONFIG
+  }
+  try:
+    return run_folder.claim(args.out, determining, resume=args.resume)
+  except run_folder.RefusedError as error:
+    parser.error(str(error))
+  except OSError as error:
+    parser.error(
+      f'argument --out: must be a folder that can be written to, but got'
+      f" '{args.out}' ({error.strerror}). For example: --out out/train."
+    )
