@@ -1,8 +1,8 @@
-"""What a step sends and holds, by layout of its arrays and number of devices.
+"""Communication and memory of a train step, by sharding and number of devices.
 
-All of it is read from compiled programs, on devices that the CPU plays:
+Read from programs compiled for simulated CPU devices:
 
-  python benchmarks/collectives.py
+  python -m benchmarks.collectives
 
 writes collectives.json to --out and prints the table of docs/devices.md.
 """
@@ -17,18 +17,16 @@ from pathlib import Path
 import sys
 from typing import Any
 
-sys.path.append(str(Path(__file__).parents[1] / 'examples'))  # records
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 
-import compiled
-import large_models
-import records
-import steps
+from benchmarks import compiled
+from benchmarks import large_models
+from benchmarks import records
+from benchmarks import steps
 
 LAYERS, WIDTH, BATCH = 4, 1024, 256
 LAYOUTS = ('replicated', 'fully sharded', 'tensor parallel', '2-D')
@@ -37,7 +35,7 @@ BASE_TX = optax.adamw(1e-3)
 
 
 def network(layout: str, devices: int) -> large_models.Network:
-  """A network of dense layers, of 4 million parameters.
+  """Four dense layers with 4 million parameters.
 
   Args:
     layout: One of ``LAYOUTS``.
@@ -46,7 +44,6 @@ def network(layout: str, devices: int) -> large_models.Network:
   model = {'replicated': 1, 'fully sharded': 1, 'tensor parallel': devices}.get(
     layout, min(2, devices)
   )
-  # The odd layers hand on what the even ones split.
   splits = {
     'replicated': [(P(), P())] * 2,
     'fully sharded': [(P('data', None), P('data'))] * 2,
@@ -89,7 +86,7 @@ def compile_for(
   step: steps.Step,
   init: Callable[[optax.Params], optax.OptState],
 ) -> jax.stages.Compiled:
-  """Compiles a step for as many devices as a network asks for."""
+  """Compiles a step for the mesh of a network."""
   return steps.compile_step(
     step, init, net, net.mesh(jax.devices()), batch=P('data')
   )
@@ -104,7 +101,7 @@ def measure(layout: str, devices: int, step: str) -> compiled.Cost:
 
 
 def describe(cost: compiled.Cost) -> dict[str, Any]:
-  """What the results hold of a program."""
+  """The part of a program's cost that is recorded."""
   totals = compiled.total_by_kind(cost.collectives)
   return {
     'collectives': {kind: each._asdict() for kind, each in totals.items()},
@@ -113,31 +110,29 @@ def describe(cost: compiled.Cost) -> dict[str, Any]:
   }
 
 
-def table(results: Mapping[str, Any]) -> str:
-  """The results in Markdown, a row for a layout and number of devices."""
-  rows = [
-    '| parameters | devices | two gradients send | ASAM adds | two gradients'
-    ' hold | ASAM adds |',
-    '|---|---|---|---|---|---|',
+def table(results: Mapping[str, Any], numbers: Sequence[int] = DEVICES) -> str:
+  """The results in Markdown, for these numbers of devices."""
+  rows: list[list[Any]] = [
+    [
+      *('parameters', 'devices', 'communication of two gradients', 'ASAM adds'),
+      *('temporaries of two gradients', 'ASAM adds'),
+    ]
   ]
   cases = {
     (case['layout'], case['devices'], case['step']): case
     for case in results['cases']
   }
-  for layout, devices, step in cases:
-    if step != 'asam':
-      continue
-    asam = cases[layout, devices, 'asam']
-    two = cases[layout, devices, 'two gradients']
-    added = _collectives(asam) - _collectives(two)
+  for layout, n in itertools.product(LAYOUTS, numbers):
+    asam, two = cases[layout, n, 'asam'], cases[layout, n, 'two gradients']
+    sent, memory = _collectives(two), two['temporary_bytes']
     rows.append(
-      f'| {layout} | {devices} |'
-      f' {_sent(_collectives(two), _mib)} |'
-      f' {_sent(added, "{} bytes".format)} |'
-      f' {_mib(two["temporary_bytes"])} |'
-      f' {_mib(asam["temporary_bytes"] - two["temporary_bytes"])} |'
+      [
+        *(layout, n, _sent(sent, _mib)),
+        _sent(_collectives(asam) - sent, '{} bytes'.format),
+        *(_mib(memory), _mib(asam['temporary_bytes'] - memory)),
+      ]
     )
-  return '\n'.join(rows)
+  return records.markdown(rows, text_columns=1)
 
 
 def _collectives(case: Mapping[str, Any]) -> np.ndarray:
@@ -149,8 +144,8 @@ def _collectives(case: Mapping[str, Any]) -> np.ndarray:
 
 
 def _sent(total: np.ndarray, write: Callable[[float], str]) -> str:
-  """Bytes and the number of collectives in which they are sent."""
-  return f'{write(total[1])} in {total[0]}' if total.any() else 'nothing'
+  """The bytes of collectives, and their number."""
+  return f'{write(total[1])} in {total[0]}' if total.any() else 'none'
 
 
 def _mib(size: float) -> str:
@@ -164,7 +159,7 @@ def main(argv: Sequence[str]) -> None:
   )
   parser.add_argument('--out', type=Path, default=Path('out/collectives'))
   args = parser.parse_args(argv)
-  # Read when JAX's backend starts, which nothing has done yet.
+  # Set before JAX initializes its backend.
   flags = os.environ.get('XLA_FLAGS', '')
   count = f'--xla_force_host_platform_device_count={max(DEVICES)}'
   os.environ['XLA_FLAGS'] = f'{flags} {count}'
@@ -181,7 +176,7 @@ def main(argv: Sequence[str]) -> None:
     )
   ]
   results = {
-    **records.provenance('benchmarks/collectives.py', argv),
+    **records.provenance('benchmarks.collectives', argv),
     'cases': cases,
   }
   args.out.mkdir(parents=True, exist_ok=True)

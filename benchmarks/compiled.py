@@ -1,4 +1,7 @@
-"""Reads what a compiled XLA program costs: collectives, memory, operations."""
+"""The costs of a compiled XLA program: instructions, memory, collectives.
+
+``compiled`` is the result of ``jax.jit(f).lower(...).compile()``.
+"""
 
 from collections.abc import Iterable
 import math
@@ -6,7 +9,7 @@ import re
 from typing import Any
 from typing import NamedTuple
 
-import hlo
+from benchmarks import hlo
 
 KINDS = (
   'all-reduce',
@@ -19,15 +22,33 @@ KINDS = (
 )
 
 
+def instructions(compiled: Any) -> int:
+  """The number of instructions of the optimized program.
+
+  Those of all its computations, fused ones included.
+  """
+  return sum(map(len, hlo.parse(compiled.as_text()).computations.values()))
+
+
+def temp_bytes(compiled: Any) -> int:
+  """The peak size of its temporaries on one device."""
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+def bytes_accessed(compiled: Any) -> float:
+  """The bytes that it reads and writes; XLA counts a loop's body once."""
+  return _operations(compiled).get('bytes accessed', 0.0)
+
+
 class Collective(NamedTuple):
-  """A collective operation of a program, as one device sees it.
+  """A collective operation of a program on one device.
 
   Attributes:
     kind: One of ``KINDS``.
-    bytes: Size of its results on one device, each time it runs.
-    groups: Number of groups of devices; of pairs, for a collective-permute.
+    bytes: Size of its results on one device, per execution.
+    groups: Number of device groups, or of pairs of a collective-permute.
     group_size: Number of devices in a group.
-    count: How often it runs in one call of the program.
+    count: Number of executions per call of the program.
   """
 
   kind: str
@@ -38,23 +59,23 @@ class Collective(NamedTuple):
 
 
 class Total(NamedTuple):
-  """How often collectives of one kind run, and the bytes of all their runs."""
+  """Number of executions of one kind of collective, and bytes of them all."""
 
   count: int  # pyright: ignore[reportIncompatibleMethodOverride]
   bytes: int
 
 
 class Cost(NamedTuple):
-  """What a program costs on one device.
+  """The costs of a program on one device.
 
   Attributes:
     argument_bytes: Size of the arguments.
     output_bytes: Size of the results.
-    alias_bytes: Size of the results that take the place of donated arguments.
-    temporary_bytes: Peak size of all else.
-    flops: Floating-point operations; XLA counts the body of a loop once.
-    bytes_accessed: Bytes read and written; XLA counts the body of a loop once.
-    collectives: All of them.
+    alias_bytes: Size of the results that reuse donated arguments.
+    temporary_bytes: Peak size of the temporaries.
+    flops: Floating-point operations; XLA counts a loop's body once.
+    bytes_accessed: Bytes read and written; XLA counts a loop's body once.
+    collectives: The collectives.
   """
 
   argument_bytes: int
@@ -67,7 +88,7 @@ class Cost(NamedTuple):
 
   @property
   def peak_bytes(self) -> int:
-    """The memory that a call needs, what is donated counted once."""
+    """The memory that a call needs; donated memory counts once."""
     return (
       self.argument_bytes
       + self.output_bytes
@@ -77,18 +98,15 @@ class Cost(NamedTuple):
 
 
 def read(compiled: Any) -> Cost:
-  """The cost of what ``jax.jit(f).lower(...).compile()`` returns."""
+  """All costs."""
   memory = compiled.memory_analysis()
-  operations = compiled.cost_analysis()
-  if isinstance(operations, list):  # JAX before 0.5
-    operations = operations[0]
   return Cost(
     argument_bytes=memory.argument_size_in_bytes,
     output_bytes=memory.output_size_in_bytes,
     alias_bytes=memory.alias_size_in_bytes,
-    temporary_bytes=memory.temp_size_in_bytes,
-    flops=operations.get('flops', 0.0),
-    bytes_accessed=operations.get('bytes accessed', 0.0),
+    temporary_bytes=temp_bytes(compiled),
+    flops=_operations(compiled).get('flops', 0.0),
+    bytes_accessed=bytes_accessed(compiled),
     collectives=collectives(compiled.as_text()),
   )
 
@@ -96,15 +114,15 @@ def read(compiled: Any) -> Cost:
 def collectives(text: str) -> list[Collective]:
   """The collectives of a program, in the order of its text.
 
-  A start and its done are one collective. One in a loop counts as often as the
-  loop runs; of the branches of a conditional, all count.
+  A start and its done are one collective. A collective in a loop counts once
+  per iteration, and all branches of a conditional count.
 
   Args:
     text: The compiled program, ``compiled.as_text()``.
 
   Raises:
     ValueError: A collective is in a loop of unknown length, or the text is not
-      that of a compiled program.
+      a compiled program.
   """
   program = hlo.parse(text)
   counts = hlo.executions(program)
@@ -122,11 +140,11 @@ def collectives(text: str) -> list[Collective]:
         continue
       if math.isinf(counts[name]):
         raise ValueError(
-          f'{instruction.name} is in a loop of unknown length, so how often it'
-          f' runs is unknown, too. Write the loop as a jax.lax.scan.'
+          f'{instruction.name} is in a loop of unknown length, so its number'
+          f' of executions is unknown. For example: jax.lax.scan.'
         )
       start, shape = instruction, instruction.shape
-      # A done repeats the results of its start, and nothing else of it.
+      # A done repeats the shape of its start, but not its groups.
       while _kind(start.opcode)[1] in ('-done', '-update'):
         start = computation[start.operand_names[0]]
       if name in scattered:
@@ -143,7 +161,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def total_by_kind(found: Iterable[Collective]) -> dict[str, Total]:
-  """Counts and bytes, for each kind that there is."""
+  """Counts and bytes by kind."""
   totals = {}
   for collective in found:
     count, size = totals.get(collective.kind, (0, 0))
@@ -156,11 +174,11 @@ def total_by_kind(found: Iterable[Collective]) -> dict[str, Total]:
 def added(
   found: Iterable[Collective], reference: Iterable[Collective]
 ) -> list[Collective]:
-  """What a program has beyond another one, each sort in one line.
+  """The collectives that a program has in addition to a reference.
 
-  A sort is a kind over groups of one number and size. The bytes are those of
-  all runs together, since a compiler merges collectives as it likes; counts and
-  bytes are negative where the other program has more.
+  Summed over kinds and groups: the bytes are those of all executions, since a
+  compiler may merge collectives. Counts and bytes are negative where the
+  reference has more.
   """
   totals: dict[tuple[str, int, int], list[int]] = {}
   for sign, program in ((1, found), (-1, reference)):
@@ -175,8 +193,14 @@ def added(
   ]
 
 
+def _operations(compiled: Any) -> dict[str, float]:
+  operations = compiled.cost_analysis()
+  # A list of one program before JAX 0.5.
+  return operations[0] if isinstance(operations, list) else operations
+
+
 def _kind(opcode: str) -> tuple[str | None, str]:
-  """The kind of a collective, if it is one, and what follows its name."""
+  """The kind of a collective, or None, and the suffix of its name."""
   for form in ('', '-start', '-update', '-done'):
     kind = opcode.removesuffix(form)
     if kind in KINDS and opcode == kind + form:
@@ -185,9 +209,9 @@ def _kind(opcode: str) -> tuple[str | None, str]:
 
 
 def _all_reduce_scatters(program: hlo.Program) -> set[str]:
-  """The computations by which TPU writes a reduce-scatter.
+  """The computations that are a reduce-scatter on TPU.
 
-  They are an all-reduce of which each device keeps a slice, as one operation.
+  There it is a fusion of an all-reduce and a slice.
   """
   return {
     name
@@ -200,9 +224,9 @@ def _all_reduce_scatters(program: hlo.Program) -> set[str]:
 
 
 def _starts(computation: hlo.Computation) -> bool:
-  """Whether a collective that runs beside others starts here.
+  """Whether an asynchronous collective starts here.
 
-  TPU writes it into each operation that it runs beside, too.
+  On TPU it appears in each fusion that it overlaps with, too.
   """
   return any(
     '"AsyncCollectiveStart"' in instruction.attributes
@@ -211,12 +235,12 @@ def _starts(computation: hlo.Computation) -> bool:
 
 
 def _groups(attributes: str, devices: int) -> tuple[int, int]:
-  """Number and size of the groups of devices of a collective."""
+  """Number and size of the device groups of a collective."""
   if pairs := re.search(r'source_target_pairs=\{(.*?)\}\}', attributes):
     return pairs[1].count('{'), 2
   if mesh := re.search(r'replica_groups=mesh\[(.*?)\].*?\{(.*?)\}', attributes):
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-    # Part of an axis is written as 'axis':(what is left out)size.
+    # Part of an axis is 'axis':(size of what is left out)size.
     axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
     size = math.prod(int(part or sizes[axis]) for axis, part in axes)
     return math.prod(map(int, sizes.values())) // size, size

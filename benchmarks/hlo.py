@@ -1,4 +1,4 @@
-"""The text of a compiled XLA program: its computations and its loops."""
+"""Parses the text of a compiled XLA program: computations and loops."""
 
 import math
 import re
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Instruction(NamedTuple):
-  """A line of a computation: ``name = shape opcode(operands), attributes``."""
+  """An instruction: ``name = shape opcode(operands), attributes``."""
 
   name: str
   shape: str
@@ -20,7 +20,7 @@ class Instruction(NamedTuple):
     return re.findall(r'%([\w.\-]+)', self.operands)
 
   def called(self, attribute: str = r'\w+') -> list[str]:
-    """The computations that one attribute names, or any of them."""
+    """The computations that an attribute refers to, by default any."""
     found = re.findall(
       rf'\b({attribute})=(\{{[^{{}}]*\}}|%[\w.\-]+)',
       _STRING.sub('', self.attributes),
@@ -58,9 +58,9 @@ class Program(NamedTuple):
   """A program.
 
   Attributes:
-    entry: The name of the computation that is run.
-    computations: All of them, each after those that it calls; the last
-      instruction of each is its result.
+    entry: The name of the entry computation.
+    computations: All computations, each after those that it calls, with the
+      root as its last instruction.
   """
 
   entry: str
@@ -68,7 +68,7 @@ class Program(NamedTuple):
 
 
 def parse(text: str) -> Program:
-  """Reads ``jax.jit(f).lower(...).compile().as_text()``."""
+  """Parses ``jax.jit(f).lower(...).compile().as_text()``."""
   entry, computation, computations = None, None, {}
   root = None
   for line in text.splitlines():
@@ -76,7 +76,7 @@ def parse(text: str) -> Program:
       computation = computations[header[2]] = {}
       entry = header[2] if header[1] else entry
     elif line.startswith('}'):
-      if computation and root:  # which need not be the last line
+      if computation and root:  # not always the last line
         computation[root] = computation.pop(root)
       computation = root = None
     elif computation is not None and (found := _INSTRUCTION.match(line)):
@@ -89,13 +89,14 @@ def parse(text: str) -> Program:
   if entry is None:
     raise ValueError(
       'expected the text of a compiled program, with an ENTRY computation, but'
-      f' got {text[:60]!r}. Write jax.jit(f).lower(...).compile().as_text().'
+      f' got {text[:60]!r}. For example:'
+      ' jax.jit(f).lower(x).compile().as_text().'
     )
   return Program(entry, computations)
 
 
 def executions(program: Program) -> dict[str, float]:
-  """How often each computation runs; infinite in a loop of unknown length.
+  """Executions of each computation; infinite in a loop of unknown length.
 
   All branches of a conditional count.
   """
@@ -105,7 +106,7 @@ def executions(program: Program) -> dict[str, float]:
     computation = program.computations[name]
     for instruction in computation.values() if counts[name] else ():
       if instruction.opcode.endswith(('-done', '-update')):
-        continue  # they name what their start has called
+        continue  # they refer to the computation of their start
       times = counts[name]
       if instruction.opcode == 'while':
         times *= _trip_count(instruction, computation, program)
@@ -115,7 +116,7 @@ def executions(program: Program) -> dict[str, float]:
 
 
 def shape_bytes(shape: str) -> int:
-  """Size of an array or tuple, written as ``(f32[8,4]{1,0}, bf16[])``."""
+  """Size of an array or tuple such as ``(f32[8,4]{1,0}, bf16[])``."""
   total = 0
   for dtype, bits, dimensions in _ARRAY.findall(shape):
     if dtype not in ('token', 'opaque'):
@@ -128,10 +129,10 @@ def shape_bytes(shape: str) -> int:
 def _trip_count(
   loop: Instruction, outside: Computation, program: Program
 ) -> float:
-  """How often the body of a ``while`` runs; infinity if that is not known.
+  """The number of iterations of a ``while``, infinite if it is unknown.
 
-  The compiler for CPU writes it down. The one for TPU does not: its loops are
-  read as ``for (i = start; i < end; i += step)``, which a ``scan`` becomes.
+  XLA for CPU annotates it. XLA for TPU does not: its loops are matched with
+  ``for (i = start; i < end; i += step)``, the form of a ``scan``.
   """
   if known := _TRIP_COUNT.search(loop.attributes):
     return int(known[1])
@@ -141,7 +142,7 @@ def _trip_count(
   results = root(body).operand_names
 
   def constant(name, scope):
-    """The value of an integer that is the same in all iterations, or None."""
+    """The value of a loop-invariant integer, or None."""
     instruction = _source(name, scope)
     if instruction.opcode == 'constant':
       return int(instruction.operands)
@@ -171,12 +172,12 @@ def _trip_count(
 
 
 def root(computation: Computation) -> Instruction:
-  """The result of a computation."""
+  """The root of a computation."""
   return computation[next(reversed(computation))]
 
 
 def _source(name: str, scope: Computation) -> Instruction:
-  """The instruction that made a value, which may have been copied since."""
+  """The instruction that produced a value, before any copies."""
   instruction = scope[name]
   while instruction.opcode in ('bitcast', 'copy'):
     instruction = scope[instruction.operand_names[0]]
@@ -184,7 +185,7 @@ def _source(name: str, scope: Computation) -> Instruction:
 
 
 def _element(name: str, scope: Computation) -> int | None:
-  """Which element of the argument of its computation a value is, if one."""
+  """The index of a value in the argument tuple of its computation, or None."""
   instruction = _source(name, scope)
   if instruction.opcode != 'get-tuple-element':
     return None
@@ -194,7 +195,7 @@ def _element(name: str, scope: Computation) -> int | None:
 
 
 def _closing(text: str) -> int:
-  """Where the parenthesis closes that was opened before ``text``."""
+  """The position of the parenthesis that closes the one before ``text``."""
   depth = 1
   for i, character in enumerate(text):
     depth += (character == '(') - (character == ')')

@@ -1,4 +1,4 @@
-"""Two large networks in plain JAX, with the shardings that they train under."""
+"""Two large networks in plain JAX, with their shardings."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -19,14 +19,15 @@ PyTree = Any
 class Network(NamedTuple):
   """A network as a compiler needs it: shapes alone.
 
-  Parameters are float32, because bfloat16 would round most of a perturbation
-  away; what is computed with them is bfloat16.
+  Parameters are float32, because bfloat16 ones would lose most of the
+  perturbation; the computation is in bfloat16.
 
   Attributes:
-    mesh_axes: Names and sizes of the axes of the mesh.
+    mesh_axes: Names and sizes of the mesh axes.
     params: A shape for each parameter.
     specs: A ``PartitionSpec`` for each parameter.
-    batch: A shape for each array of the global batch; sharded over 'fsdp'.
+    batch: A shape for each array of the global batch, which is sharded over
+      'fsdp'.
     loss_fn: From a mesh to a function of parameters and a batch.
   """
 
@@ -37,7 +38,7 @@ class Network(NamedTuple):
   loss_fn: Callable[[Mesh], Callable[[PyTree, PyTree], jax.Array]]
 
   def mesh(self, devices: Sequence[Any]) -> Mesh:
-    """As many of these devices as it asks for."""
+    """The mesh, of the first of these devices."""
     sizes = tuple(self.mesh_axes.values())
     return Mesh(
       np.array(devices[: math.prod(sizes)]).reshape(sizes),
@@ -62,10 +63,10 @@ def vit(
   classes: int = 1000,
   batch_per_device: int = 16,
 ) -> Network:
-  """A vision transformer, by default ViT-L/16; fully sharded over all devices.
+  """A vision transformer, by default ViT-L/16, fully sharded over all devices.
 
-  A scan over the layers. Each parameter is split along the longest of its axes
-  that can be split evenly.
+  It scans over the layers. Each parameter is sharded along its longest axis
+  that divides evenly.
   """
   norm = lambda *stack: {'scale': (*stack, width), 'bias': (*stack, width)}
   dense = lambda *shape: {'kernel': shape, 'bias': (*shape[:-2], shape[-1])}
@@ -91,7 +92,7 @@ def vit(
   def spec(path, leaf):
     even = [n if n % devices == 0 else 0 for n in leaf.shape]
     if path[0].key == 'layers':
-      even[0] = 0  # each layer is gathered when its turn comes
+      even[0] = 0  # layers are gathered one at a time
     if not any(even):
       return P()
     axis = even.index(max(even))
@@ -147,10 +148,10 @@ def decoder(
   length: int = 4096,
   sequences_per_row: int = 2,
 ) -> Network:
-  """A decoder, by default of 8B parameters; a mesh of fsdp x tensor devices.
+  """A decoder, by default with 8B parameters, on a mesh of fsdp x tensor.
 
-  A scan over the layers, each of which is computed again in the backward pass.
-  Heads, hidden units and words are split over 'tensor'.
+  It scans over the layers, each of which is rematerialized. Heads, hidden units
+  and vocabulary are sharded over 'tensor'.
   """
   size = width // heads
   columns, rows = P(None, 'fsdp', 'tensor'), P(None, 'tensor', 'fsdp')
@@ -191,7 +192,7 @@ def decoder(
       return constrain(x + y @ _bf16(p['down'])), None
 
     def loss(params, batch):
-      # Gathered over 'fsdp' as all parameters are; else the tokens would be.
+      # Gather the parameter over 'fsdp'; else XLA would gather the tokens.
       embedding = jax.lax.with_sharding_constraint(
         _bf16(params['embedding']), NamedSharding(mesh, P('tensor'))
       )
@@ -210,7 +211,7 @@ def decoder(
 
 
 def _shapes(tree: PyTree) -> PyTree:
-  """A float32 array's shape for each tuple of lengths."""
+  """A float32 ``ShapeDtypeStruct`` for each shape."""
   return jax.tree.map(
     lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
     tree,
@@ -219,7 +220,7 @@ def _shapes(tree: PyTree) -> PyTree:
 
 
 def _constrain_batch(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-  """Keeps activations split by examples: parameters are gathered, not they."""
+  """Keeps activations sharded by examples, so that parameters are gathered."""
   sharding = NamedSharding(mesh, P('fsdp'))
   return lambda x: jax.lax.with_sharding_constraint(x, sharding)
 
@@ -245,7 +246,7 @@ def _rms_norm(scale: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _rotate(x: jax.Array) -> jax.Array:
-  """Rotary positions of queries or keys [batch, length, heads, size]."""
+  """Rotary embeddings of queries or keys [batch, length, heads, size]."""
   half = x.shape[-1] // 2
   frequencies = 500000.0 ** (-jnp.arange(half) / half)
   angles = jnp.arange(x.shape[1])[:, None, None] * frequencies
@@ -255,7 +256,7 @@ def _rotate(x: jax.Array) -> jax.Array:
 
 
 def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """The mean, in nats, in float32."""
+  """The mean cross-entropy in float32."""
   logits = logits.astype(jnp.float32)
   picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
   return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked)

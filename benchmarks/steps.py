@@ -1,4 +1,4 @@
-"""The train steps that are compared: one gradient, two, SAM and ASAM."""
+"""The train steps that are compared: one gradient, two gradients, SAM, ASAM."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import optax
 
-import compiled
-import large_models
+from benchmarks import compiled
+from benchmarks import large_models
 import optax_asam
 
 LossFn = Callable[[optax.Params, Any], jax.Array]
@@ -48,8 +48,8 @@ def make_steps(
 ) -> Steps:
   """Makes the four train steps, by name.
 
-  The state is that of SAM and ASAM, which have the same; a step without them
-  hands on their part of it. So the programs differ in what they compute alone.
+  All have the state of SAM and ASAM, which is passed through by the others, so
+  that the programs differ only in what they compute.
 
   Args:
     loss_fn: From parameters and a batch to a scalar.
@@ -79,13 +79,13 @@ def compile_step(
   *,
   batch: PartitionSpec,
 ) -> jax.stages.Compiled:
-  """Compiles a step whose parameters and state are donated, as in training.
+  """Compiles a step with donated parameters and state, as in training.
 
   Args:
     step: The step.
-    init: Makes its state, which is sharded as the parameters it belongs to.
-    network: What is trained; no array of it has to exist.
-    mesh: The devices; none of them has to, either.
+    init: Makes its state, which is sharded like the parameters.
+    network: The network; none of its arrays is allocated.
+    mesh: The devices, which need not exist.
     batch: How the batch is sharded.
   """
 
@@ -115,19 +115,19 @@ def objections(
   *,
   by_axis: bool = False,
 ) -> list[str]:
-  """What a step with two gradients should not have beyond two plain ones.
+  """What a step should not have in addition to two plain gradients.
 
   Allowed are scalar all-reduces, one for each order of mesh axes by which
-  parameters are sharded and four bytes for each parameter, and the memory of
-  the perturbed parameters and of their gradient.
+  parameters are sharded, of four bytes for each parameter array, and the memory
+  of the perturbed parameters and their gradient.
 
   Args:
     added: What ``compiled.added`` found.
     added_temporary_bytes: The difference in peak temporary memory.
-    network: What is trained.
-    by_axis: Whether the compiler sums over one axis of the mesh after the
-      other, as that for CPU does: then four bytes for each axis are allowed, in
-      as many all-reduces as it takes.
+    network: The network.
+    by_axis: Whether the compiler sums over one mesh axis after the other, as
+      that for CPU does: then four bytes for each axis are allowed, in as many
+      all-reduces.
   """
   orders = [
     tuple(axis for axis in spec if axis)
@@ -137,7 +137,7 @@ def objections(
   scalars = sum(map(len, orders)) if by_axis else len(orders)
   allowed = scalars if by_axis else len(set(orders))
   found = [
-    f'{collective} is no all-reduce'
+    f'{collective} is not an all-reduce'
     for collective in added
     if collective.kind != 'all-reduce'
   ]
@@ -185,7 +185,7 @@ def sharp_step(
 def _plain_step(
   loss_fn: LossFn, base_tx: optax.GradientTransformation, gradients: int
 ) -> Step:
-  """A step with so many gradients, each at w plus a hundredth of the last."""
+  """A step with several gradients, each at w + 0.01 times the last."""
 
   def step(params, opt_state, batch):
     grad_fn = lambda p: jax.grad(loss_fn)(p, batch)

@@ -1,16 +1,15 @@
-"""Compiles train steps for TPU slices, on a machine that has no TPU.
+"""Compiles train steps ahead of time for TPU slices, without a TPU.
 
-The compiler that would run there says what a step needs on each chip: memory,
-collectives, bytes. It needs libtpu: pip install 'jax[tpu]'.
+The compiler reports the memory, collectives and bytes accessed of each chip. It
+is part of libtpu: pip install 'jax[tpu]'.
 
-  python benchmarks/tpu_aot.py --models vit-l16 --topologies v5e:2x4
+  python -m benchmarks.tpu_aot --models vit-l16 --topologies v5e:2x4
 
-What is finished is kept in --out, and not compiled again.
+Finished cases are kept in --out and not compiled again.
 """
 
 import argparse
 from collections.abc import Callable
-from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import gzip
@@ -20,7 +19,6 @@ import json
 import math
 import os
 from pathlib import Path
-import platform
 import re
 import sys
 import time
@@ -30,14 +28,12 @@ import jax
 from jax.sharding import PartitionSpec
 import optax
 
-import compiled
-import large_models
-import steps
+from benchmarks import compiled
+from benchmarks import large_models
+from benchmarks import records
+from benchmarks import steps
 
-sys.path.append(str(Path(__file__).parents[1] / 'examples'))
-import records
-
-# A network for so many chips, and the parameters that it must have.
+# From a number of chips to the network, and its number of parameters.
 MODELS: dict[str, tuple[Callable[[int], large_models.Network], int]] = {
   'vit-l16': (large_models.vit, 304_326_632),
   'decoder-8b': (large_models.decoder, 8_030_261_248),
@@ -45,24 +41,23 @@ MODELS: dict[str, tuple[Callable[[int], large_models.Network], int]] = {
 TOPOLOGIES = ('v5e:2x4', 'v5e:16x16')
 KEYS = ('model', 'slice', 'step')  # of the rows of the tables
 GIB = 2**30
-HBM = 16 * GIB  # of a v5e chip
-# What the folder of a case holds: what the compiler says, and the program.
+# The files of a case: the costs, and the program.
 CASE, TEXT = 'case.json', 'program.txt.gz'
 
 
 def chips(topology: str) -> Sequence[Any]:
-  """The chips of a slice such as 'v5e:2x4', which nobody has to own.
+  """The chips of a slice such as 'v5e:2x4', which need not exist.
 
-  To be called before JAX starts.
+  Call it before JAX initializes its backend.
 
   Raises:
     RuntimeError: libtpu is missing.
   """
-  # Of any slice: they keep libtpu from asking where it runs.
+  # With these, libtpu does not query the metadata server; any slice will do.
   os.environ['TPU_SKIP_MDS_QUERY'] = '1'
   os.environ['TPU_ACCELERATOR_TYPE'] = 'v5litepod-8'
   os.environ['TPU_WORKER_HOSTNAMES'] = 'localhost'
-  # Compiling needs no chip, which is what only one process may have.
+  # Only a process that uses the chips must be alone.
   os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
   jax.config.update('jax_platforms', 'cpu')
   from jax.experimental import topologies
@@ -71,7 +66,7 @@ def chips(topology: str) -> Sequence[Any]:
     importlib.metadata.version('libtpu')
   except importlib.metadata.PackageNotFoundError as error:
     raise RuntimeError(
-      "the compiler for TPU is missing: pip install 'jax[tpu]'"
+      "the TPU compiler is not installed. For example: pip install 'jax[tpu]'"
     ) from error
   return topologies.get_topology_desc(
     platform='tpu', topology_name=topology
@@ -79,7 +74,7 @@ def chips(topology: str) -> Sequence[Any]:
 
 
 def run_case(model: str, topology: str, step: str, folder: Path) -> None:
-  """Compiles one case, and keeps the program and what the compiler says."""
+  """Compiles one case, and writes its costs and program to ``folder``."""
   make_network, parameters = MODELS[model]
   devices = chips(topology)
   network = make_network(len(devices))
@@ -97,8 +92,9 @@ def run_case(model: str, topology: str, step: str, folder: Path) -> None:
     'parameters': parameters,
     'mesh': dict(network.mesh_axes),
     'batch': jax.tree.map(lambda leaf: list(leaf.shape), network.batch),
-    'commit': records.git_commit(),
-    'versions': versions(),
+    **records.provenance(
+      'benchmarks.tpu_aot', [], (*records.PACKAGES, 'libtpu')
+    ),
   }
   start = time.perf_counter()
   try:
@@ -117,19 +113,8 @@ def run_case(model: str, topology: str, step: str, folder: Path) -> None:
   records.write_json(folder / CASE, case)
 
 
-def versions() -> dict[str, str]:
-  """The versions of what decides on the result."""
-  return {
-    'python': platform.python_version(),
-    **{
-      name: importlib.metadata.version(name)
-      for name in ('jax', 'jaxlib', 'libtpu', 'optax', 'optax-asam')
-    },
-  }
-
-
 def collect(out: Path) -> list[dict[str, Any]]:
-  """All finished cases, with what their programs say."""
+  """All finished cases, with what is read from their programs."""
   cases = []
   for model, topology in itertools.product(MODELS, TOPOLOGIES):
     reference = None
@@ -166,19 +151,18 @@ def collect(out: Path) -> list[dict[str, Any]]:
 
 
 def tables(cases: Sequence[Mapping[str, Any]]) -> list[str]:
-  """In Markdown: memory and time, collectives, and what SAM and ASAM add."""
+  """Memory and compile time, collectives, and what SAM and ASAM add."""
   return [memory_table(cases), collectives_table(cases), added_table(cases)]
 
 
 def memory_table(cases: Sequence[Mapping[str, Any]]) -> str:
-  """Sizes in GiB on one chip, and how long the compiler took."""
+  """Sizes in GiB on one chip, and the compile time."""
   rows = [
-    [*KEYS, 'args', 'temps', 'peak', 'accessed', 'compiled'],
-    ['---', '---', '---', *['---:'] * 5],
+    [*KEYS, 'arguments', 'temporaries', 'peak', 'accessed', 'compile time']
   ]
   for case in cases:
     if 'error' in case:
-      # As the compiler writes it, (19.92G), before what there is of it.
+      # The compiler reports (19.92G), followed by the limit.
       needed = re.search(r'\(([\d.]+)G\) exceeds', case['error'])
       sizes = ['', needed[1] if needed else '', 'does not fit', '']
     else:
@@ -187,18 +171,18 @@ def memory_table(cases: Sequence[Mapping[str, Any]]) -> str:
         f'{case[field] / GIB:.2f}' for field in (*fields, 'bytes_accessed')
       ]
     rows.append([*_key(case), *sizes, f'{case["compile_s"]:.0f} s'])
-  return _markdown(rows)
+  return records.markdown(rows, text_columns=3)
 
 
 def collectives_table(cases: Sequence[Mapping[str, Any]]) -> str:
-  """How often collectives run, and the GiB of their results on one chip."""
+  """Collectives: executions, and the GiB of their results on one chip."""
   cases = [case for case in cases if 'error' not in case]
   kinds = [
     kind
     for kind in compiled.KINDS
     if any(kind in case['collectives'] for case in cases)
   ]
-  rows = [[*KEYS, *kinds], ['---', '---', '---', *['---:'] * len(kinds)]]
+  rows = [[*KEYS, *kinds]]
   for case in cases:
     cells = []
     for kind in kinds:
@@ -206,14 +190,13 @@ def collectives_table(cases: Sequence[Mapping[str, Any]]) -> str:
       size = total and f'{total["bytes"] / GIB:.3f}'
       cells.append(f'{total["count"]}, {size}' if total else '')
     rows.append([*_key(case), *cells])
-  return _markdown(rows)
+  return records.markdown(rows, text_columns=3)
 
 
 def added_table(cases: Sequence[Mapping[str, Any]]) -> str:
-  """In Markdown, what SAM and ASAM add to two plain gradients."""
+  """What SAM and ASAM add to two plain gradients."""
   rows = [
-    [*KEYS, 'collectives', 'runs', 'bytes', 'temporaries', 'accessed'],
-    ['---', '---', '---', '---', *['---:'] * 4],
+    [*KEYS, 'collectives', 'executions', 'bytes', 'temporaries', 'accessed']
   ]
   accessed = {}
   for case in cases:
@@ -237,15 +220,11 @@ def added_table(cases: Sequence[Mapping[str, Any]]) -> str:
         f'{100 * ratio:+.1f} %',
       ]
     )
-  return _markdown(rows)
+  return records.markdown(rows, text_columns=3)
 
 
 def _key(case: Mapping[str, Any]) -> tuple[str, str, str]:
   return case['model'], case['topology'], case['step']
-
-
-def _markdown(rows: Iterable[Iterable[str]]) -> str:
-  return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
 
 
 def _folder(out: Path, model: str, topology: str, step: str) -> Path:
@@ -253,7 +232,7 @@ def _folder(out: Path, model: str, topology: str, step: str) -> Path:
 
 
 def main(argv: Sequence[str]) -> None:
-  """Compiles what is missing, writes tpu_aot.json and prints the table."""
+  """Compiles what is missing, writes tpu_aot.json and prints the tables."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
@@ -278,7 +257,7 @@ def main(argv: Sequence[str]) -> None:
   records.write_json(
     args.out / 'tpu_aot.json',
     {
-      'command': records.command_line('benchmarks/tpu_aot.py', argv),
+      **records.provenance('benchmarks.tpu_aot', argv),
       'cases': cases,
     },
   )

@@ -1,0 +1,48 @@
+"""What every benchmark writes: results with their provenance, and tables."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+import platform
+import shlex
+import subprocess
+from typing import Any
+
+PACKAGES = ('jax', 'jaxlib', 'optax', 'optax-asam')
+
+
+def provenance(
+  program: str, argv: Sequence[str], packages: Sequence[str] = PACKAGES
+) -> dict[str, Any]:
+  """The command, the commit and the versions of a run."""
+  git = ['git', 'describe', '--always', '--dirty', '--exclude=*', '--abbrev=40']
+  commit = subprocess.run(
+    git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+  )
+  return {
+    'command': shlex.join(['python', '-m', program, *argv]),
+    'commit': commit.stdout.strip() or None,
+    'versions': {
+      'python': platform.python_version(),
+      **{name: importlib.metadata.version(name) for name in packages},
+    },
+  }
+
+
+def write_json(path: Path, results: Mapping[str, Any]) -> None:
+  """Writes ``results`` in one step, so that a file is complete or absent."""
+  partial = path.with_name(f'.{path.name}.partial')
+  partial.write_text(json.dumps(results, indent=2, allow_nan=False) + '\n')
+  os.replace(partial, path)
+
+
+def markdown(rows: Sequence[Sequence[Any]], text_columns: int) -> str:
+  """A table whose first row is its header; numbers are aligned to the right."""
+  header, *body = rows
+  rule = ['---' if i < text_columns else '---:' for i in range(len(header))]
+  return '\n'.join(
+    f'| {" | ".join(map(str, row))} |' for row in (header, rule, *body)
+  )
