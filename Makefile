@@ -1,30 +1,38 @@
 PYTHON ?= python3
 INTERPRETER = $(PYTHON)
 PYTEST = -m pytest -n 2 --dist loadfile --junitxml out/tests/$@.xml
+LIBRARY = tests/test_*.py optax_asam
 
-.PHONY: demo test test-oldest test-newest test-tpu docs clean
+.PHONY: demo test test-all test-oldest test-newest test-tpu docs lint clean
 
-# Train on real data: SGD, SAM and ASAM on digits with noisy labels.
+# Train on real data: SGD, SAM and ASAM on digits with label noise.
 demo: .venv/demo/.installed
-	.venv/demo/bin/python examples/train.py --out out/demo
+	.venv/demo/bin/python -m experiments.compare --out out/demo
 
-# Everything that must hold: style, types, doctests, tests, notebook, and each
-# branch of the package taken.
-test: .venv/test/.installed
+# What a contributor runs: style, types, doctests, every branch of the library,
+# the docs' code, a smoke run of each program, and one notebook.
+test: lint
+	.venv/test/bin/python $(PYTEST) -m 'not slow' --cov
+
+# Everything that runs on this Python.
+test-all: lint
+	.venv/test/bin/python $(PYTEST) --hypothesis-profile=thorough --cov
+
+lint: .venv/test/.installed
 	.venv/test/bin/ruff check
 	.venv/test/bin/ruff format --check
 	.venv/test/bin/basedpyright --pythonpath .venv/test/bin/python
-	.venv/test/bin/python $(PYTEST) --cov
 
-# The tests on the declared lower bounds.
+# The library's tests on the declared lower bounds.
 test-oldest: .venv/oldest/.installed
-	.venv/oldest/bin/python $(PYTEST)
+	.venv/oldest/bin/python $(PYTEST) $(LIBRARY)
 
-# The tests on the newest Python that runs here, and the JAX that it brings.
+# The library's tests on the newest Python installed, with the JAX that pip
+# resolves for it.
 test-newest: .venv/newest/.installed
-	.venv/newest/bin/python $(PYTEST)
+	.venv/newest/bin/python $(PYTEST) $(LIBRARY)
 
-# What ASAM costs on TPU, by its compiler, without a TPU: brings libtpu, 640 MB.
+# What ASAM costs on TPU, from its compiler, without a TPU; libtpu is 640 MB.
 test-tpu: .venv/tpu/.installed
 	.venv/tpu/bin/python $(PYTEST) tests/tpu
 
@@ -48,7 +56,7 @@ docs: .venv/docs/.installed
 
 .venv/%/.installed: pyproject.toml
 	@test -n '$(INTERPRETER)' || \
-	  { echo 'No Python newer than that of make test runs here.' >&2; exit 1; }
+	  { echo 'No Python newer than that of make test was found.' >&2; exit 1; }
 	@$(INTERPRETER) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'Python 3.11 or newer is needed: make PYTHON=python3.12 ...' >&2; exit 1; }
 	$(INTERPRETER) -m venv --clear .venv/$*
