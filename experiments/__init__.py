@@ -1,15 +1,16 @@
-"""The comparison program, and all that was measured with the library."""
+"""The comparison program, and everything measured with the library."""
 
+import os
+import signal
 import sys
 
 
-def _report_interrupt(kind, error, traceback):
-  """Ctrl-C is one line, also while a program imports what it needs."""
-  if issubclass(kind, KeyboardInterrupt):
-    print('Interrupted.', file=sys.stderr)
-  else:
-    sys.__excepthook__(kind, error, traceback)
+def _exit(signum, frame):
+  """Ctrl-C during imports: nothing is to be saved, and jaxlib would abort."""
+  del signum, frame
+  print('Interrupted.', file=sys.stderr, flush=True)
+  os._exit(130)  # As a shell reports it.
 
 
 if sys.argv[:1] == ['-m']:  # python -m experiments.compare
-  sys.excepthook = _report_interrupt
+  signal.signal(signal.SIGINT, _exit)  # Until `cli.run`.

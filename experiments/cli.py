@@ -1,9 +1,13 @@
-"""Command lines: the parser, the types of options, and the check of --out."""
+"""Command lines: the parser, types of options, --out, and Ctrl-C."""
 
 import argparse
 from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
 import contextlib
 import math
+import signal
+import sys
 from typing import Any
 from typing import NoReturn
 
@@ -104,3 +108,38 @@ def check_out(parser: Parser, args: Any) -> filelock.BaseFileLock:
       f'argument --out: must be a folder that can be written to, but got'
       f" '{args.out}' ({error.strerror}). For example: --out out/train."
     )
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+  """Runs a program with the options of the command line."""
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    with interruptible():
+      main(sys.argv[1:])
+  except KeyboardInterrupt:
+    sys.exit(130)  # As a shell reports it.
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+  """A block that Ctrl-C ends, though JAX swallows some KeyboardInterrupts.
+
+  One that is raised inside a callback of the garbage collector is lost, so it
+  is raised again every second until the block has ended.
+  """
+
+  def interrupt(signum, frame):
+    del signum, frame
+    signal.setitimer(signal.ITIMER_REAL, 1)
+    raise KeyboardInterrupt
+
+  before = {
+    number: signal.signal(number, interrupt)
+    for number in (signal.SIGINT, signal.SIGALRM)
+  }
+  try:
+    yield
+  finally:
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for number, handler in before.items():
+      signal.signal(number, handler)

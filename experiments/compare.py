@@ -16,7 +16,6 @@ the same results as a run without interruption.
 
 from collections.abc import Sequence
 import contextlib
-import sys
 from typing import Any
 
 import numpy as np
@@ -128,7 +127,8 @@ def compare(config: Config, dataset: data.Dataset, argv: Sequence[str]) -> None:
   trained = Comparison(config, dataset, console.print)
   measured = {}
   try:
-    measured = train(trained, config)
+    with cli.interruptible():
+      measured = train(trained, config)
   finally:
     results = describe(provenance, config, trained, measured)
     # What was interrupted does not replace what is finished.
@@ -151,6 +151,12 @@ def main(argv: Sequence[str]) -> None:
       compare(config, dataset, argv)
       run_folder.clear(config.out)
     except KeyboardInterrupt:
+      if run_folder.is_finished(config.out):
+        parser.exit(
+          130,
+          'Interrupted. The finished results are unchanged. To continue, repeat'
+          ' the command with --resume.\n',
+        )
       if run_folder.is_resumable(config.out):
         parser.exit(130)
       run_folder.clear(config.out)
@@ -164,4 +170,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-  main(sys.argv[1:])
+  cli.run(main)

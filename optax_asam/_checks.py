@@ -502,8 +502,9 @@ def check_grads(grads: Any, params: optax.Params) -> None:
   write = 'For example: grad_fn=jax.grad(loss_fn).'
   if isinstance(grads, tuple) and type(grads) is not type(params):
     write = (
-      'A function made with has_aux=True or by value_and_grad returns a tuple:'
-      ' write grad_fn=lambda p: jax.grad(loss_fn, has_aux=True)(p)[0].'
+      'A function made by value_and_grad or with has_aux=True returns a tuple:'
+      ' write grad_fn=jax.grad(loss_fn), or with auxiliary data'
+      ' grad_fn=lambda p: jax.grad(loss_fn, has_aux=True)(p)[0].'
     )
   check_like('the result of grad_fn', grads, params, write=write)
 

@@ -23,7 +23,6 @@ import time
 
 from experiments import cli
 from experiments import run_folder
-from experiments.paper import program
 
 ROOT = Path(__file__).parents[2]
 EPOCHS = 30
@@ -163,4 +162,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-  program.run(main)
+  cli.run(main)

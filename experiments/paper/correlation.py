@@ -34,7 +34,6 @@ import optax
 from experiments import cli
 from experiments import data
 from experiments.paper import equal_loss
-from experiments.paper import program
 from experiments.paper import rank_correlation
 from experiments.report import records
 from experiments.report import reporting
@@ -461,4 +460,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-  program.run(main)
+  cli.run(main)

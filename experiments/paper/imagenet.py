@@ -265,6 +265,6 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == '__main__':
   try:
-    program.run(main)
+    cli.run(main)
   except archives.DataError as error:
     sys.exit(f'{error} Then write --resume.')

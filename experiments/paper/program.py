@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
-import sys
 from typing import Any
 
 import jax
@@ -80,18 +79,11 @@ def recorded(
       f'experiments.paper.{parser.prog}', argv, started
     )
     try:
-      yield
+      with cli.interruptible():
+        yield
     finally:
       results = {**provenance, **describe()}
       # An interrupted run does not replace a finished one.
       if results['complete'] or not run_folder.is_finished(args.out):
         records.write_json(args.out / run_folder.RESULTS, results)
     run_folder.clear(args.out)
-
-
-def run(main: Callable[[Sequence[str]], None]) -> None:
-  """Runs a program with the options of the command line."""
-  try:
-    main(sys.argv[1:])
-  except KeyboardInterrupt:
-    sys.exit(130)  # As a shell reports it.

@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from experiments import cli
-from experiments.paper import program
 from experiments.report import records
 from experiments.report import reporting
 
@@ -302,4 +301,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-  program.run(main)
+  cli.run(main)

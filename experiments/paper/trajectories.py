@@ -54,7 +54,6 @@ import numpy as np
 import optax
 
 from experiments import cli
-from experiments.paper import program
 from experiments.report import records
 from experiments.report import reporting
 from optax_asam import asam
@@ -358,4 +357,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-  program.run(main)
+  cli.run(main)

@@ -290,4 +290,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-  program.run(main)
+  cli.run(main)

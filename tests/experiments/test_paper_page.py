@@ -50,8 +50,8 @@ def facts():
   before, after = np.prod(asam[10:12], axis=1)
   assert before < 0.04 < after
   yield from (f'{x:.3f}' for x in asam[10:12].mean(axis=0))
-  for path, step in ((asam, 11), (sam, 12)):
-    yield f'{np.linalg.norm(path[-1] - path[step]):.3f}'
+  for path in (asam, sam):
+    yield f'{np.linalg.norm(path[-1] - path[12]):.3f}'
   hours = sum(run['wall_time_s'] for run in RUNS.values()) / 3600
   yield f'{hours:.1f}'
   losses = CORRELATION['train_loss']

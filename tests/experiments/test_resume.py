@@ -10,6 +10,7 @@ from pathlib import Path
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from matplotlib import image
 import pytest
 
 from experiments import checkpoints
+from experiments import cli
 from experiments import compare
 from experiments import loop
 from experiments import run_folder
@@ -238,7 +240,11 @@ def test_interrupted_before_training(tmp_path, fail, capsys):
 
 def test_interrupted_import(tmp_path):
   """Ctrl-C while the program imports JAX is one line."""
-  (tmp_path / 'jax.py').write_text('raise KeyboardInterrupt')
+  (tmp_path / 'jax.py').write_text(
+    'import os, signal, time\n'
+    'os.kill(os.getpid(), signal.SIGINT)\n'
+    'time.sleep(60)\n'
+  )
   path = os.pathsep.join([str(tmp_path), os.environ.get('PYTHONPATH', '')])
   ended = subprocess.run(
     [sys.executable, '-m', 'experiments.compare', f'--out={tmp_path / "out"}'],
@@ -248,9 +254,29 @@ def test_interrupted_import(tmp_path):
     env={**os.environ, 'PYTHONPATH': path},
     text=True,
   )
-  assert ended.returncode == -signal.SIGINT
+  assert ended.returncode == 130
   assert (ended.stdout, ended.stderr) == ('', 'Interrupted.\n')
   assert not (tmp_path / 'out').exists()
+
+
+def test_swallowed_interrupt(monkeypatch):
+  """Ctrl-C inside a callback that ignores exceptions is not lost."""
+
+  class Callback:
+    """Its exceptions are ignored, like those of JAX's garbage collection."""
+
+    def __del__(self):
+      signal.raise_signal(signal.SIGINT)
+
+  @cli.interruptible()
+  def block():
+    Callback()
+    time.sleep(60)
+
+  monkeypatch.setattr(sys, 'unraisablehook', lambda _: None)
+  with pytest.raises(KeyboardInterrupt):
+    block()
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def states(seed):
