@@ -44,8 +44,9 @@ def asam(
   Args:
     base_tx: The optimizer, such as ``optax.sgd(0.1, momentum=0.9)``.
     rho: The radius :math:`\rho \ge 0` of the perturbation: a number, a traced
-      scalar, or an Optax schedule of the number of updates. What is not
-      known before tracing is not checked. The default is for ``ord=2``; with ``ord=inf`` it would move every weight by half.
+      scalar, or an Optax schedule of the number of updates; only a concrete
+      number is checked. The default is for ``ord=2``: with ``ord=inf`` it would
+      move every weight by half.
     eta: The constant :math:`\eta \ge 0` of element-wise normalization, used if
       ``adaptive`` is True.
     adaptive: True for element-wise normalization of all but biases, False for
