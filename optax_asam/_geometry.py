@@ -131,8 +131,9 @@ def steepest_direction(h: Arrays, p: float) -> tuple[Arrays, Arrays]:
   # |h|^q overflows and underflows early, so h is divided by about its largest
   # magnitude. That cancels, so the derivative may ignore it. XLA copies neither
   # scalar, as in `_guarded_root`; it would simplify root * root.
-  root, usable = _guarded_root(peak, tiny)
-  scale = jnp.exp2(jnp.ceil(128 * jnp.log2(root)) / 64)
+  root, usable = _guarded_root(peak, 2 * tiny)
+  exponent = jnp.ceil(128 * jnp.log2(jnp.where(usable, root, 1))) / 64
+  scale = jnp.exp2(exponent)
   q = p / (p - 1)
   magnitudes = [jnp.abs(x) / scale for x in h]
   total = _sum(_power(m, q) for m in magnitudes)
