@@ -10,7 +10,6 @@ import jax
 
 from optax_asam import _checks
 from optax_asam import _estimator
-from optax_asam import _modules
 from optax_asam import _trees
 from optax_asam import descent as _descent
 from optax_asam import normalization as _normalization
@@ -107,7 +106,7 @@ def value_and_grad(
 
     _checks.check_argnums(argnums, len(args))
     params = _select(args, argnums)
-    _modules.check_not_module(params)
+    _checks.check_not_module(params)
     state = tx.init(params)
     out, grads = jax.value_and_grad(fun, argnums, has_aux)(*args, **kwargs)
     grads, _ = tx.update(grads, state, params, grad_fn=grad_fn)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import optax_asam
-from optax_asam import _modules
+from optax_asam import _checks
 import optax_asam.equinox
 from tests.helpers import reference
 from tests.helpers.cases import OPTIONS
@@ -175,13 +175,13 @@ def test_module_with_other_leaves_is_an_error(model, wrap):
   message = r'optax_asam\.equinox\.filter_value_and_grad'
   for other in (model, eqx.nn.Dropout(), eqx.filter(model, callable)):
     with pytest.raises(TypeError, match=message):
-      _modules.check_not_module(wrap(other))
+      _checks.check_not_module(wrap(other))
   with pytest.raises(TypeError, match='an array of dtype int32'):
-    _modules.check_not_module(wrap(jax.tree.map(jnp.int32, model[0])))
+    _checks.check_not_module(wrap(jax.tree.map(jnp.int32, model[0])))
 
 
 def test_partition_is_a_pytree(model):
   """Neither is a module of floating arrays alone an error."""
   params, _ = eqx.partition(model, eqx.is_inexact_array)
-  _modules.check_not_module(params)
-  _modules.check_not_module((params, {'scale': np.ones(3)}))
+  _checks.check_not_module(params)
+  _checks.check_not_module((params, {'scale': np.ones(3)}))

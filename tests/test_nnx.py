@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import optax_asam
-from optax_asam import _modules
+from optax_asam import _checks
 import optax_asam.nnx
 from tests.helpers import reference
 from tests.helpers.cases import OPTIONS
@@ -310,13 +310,13 @@ def test_errors(model, arguments, exception, message):
 def test_module_of_other_variables_is_an_error(network, wrap):
   """In the plain functions, which would perturb its statistics."""
   with pytest.raises(TypeError, match=r'optax_asam\.nnx\.value_and_grad'):
-    _modules.check_not_module(wrap(network))
+    _checks.check_not_module(wrap(network))
 
 
 def test_parameters_are_no_module(network):
   """Neither are trees of arrays."""
-  _modules.check_not_module(nnx.state(network, nnx.Param))
-  _modules.check_not_module({'kernel': jnp.ones(3), 'bias': None})
+  _checks.check_not_module(nnx.state(network, nnx.Param))
+  _checks.check_not_module({'kernel': jnp.ones(3), 'bias': None})
 
 
 @pytest.mark.skipif(
@@ -324,7 +324,7 @@ def test_parameters_are_no_module(network):
 )
 def test_module_of_params_is_a_pytree(model):
   """The plain function takes it, and knows its biases."""
-  _modules.check_not_module(model)
+  _checks.check_not_module(model)
   grads = optax_asam.grad(small_loss_fn)(model, jnp.eye(3))
   expected = optax_asam.nnx.grad(small_loss_fn)(model, jnp.eye(3))
   assert error(nnx.state(grads), expected) < 1e-6
