@@ -151,16 +151,16 @@ def main(argv: Sequence[str]) -> None:
       compare(config, dataset, argv)
       run_folder.clear(config.out)
     except KeyboardInterrupt:
+      if not run_folder.is_resumable(config.out):
+        run_folder.clear(config.out)
+        parser.exit(130, 'Interrupted before the first epoch was trained.\n')
       if run_folder.is_finished(config.out):
         parser.exit(
           130,
           'Interrupted. The finished results are unchanged. To continue, repeat'
           ' the command with --resume.\n',
         )
-      if run_folder.is_resumable(config.out):
-        parser.exit(130)
-      run_folder.clear(config.out)
-      parser.exit(130, 'Interrupted before the first epoch was trained.\n')
+      parser.exit(130)
     except OSError as error:
       parser.exit(
         1,

@@ -56,6 +56,11 @@ def is_float_array(value: Any) -> bool:
   )
 
 
+def is_masked(node: Any) -> bool:
+  """Whether ``node`` marks a leaf that is masked out."""
+  return isinstance(node, optax.MaskedNode)
+
+
 def describe(tree: Any) -> str:
   """What ``tree`` is, in the words of an error message."""
   if isinstance(tree, tuple):
@@ -347,10 +352,6 @@ def check_selects_something(mask: Any) -> None:
 
 def check_params(params: optax.Params) -> None:
   """Raises unless every leaf of ``params`` is a floating array."""
-
-  def is_masked(node):
-    return isinstance(node, optax.MaskedNode)
-
   for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_masked):
     if is_float_array(leaf):
       continue

@@ -87,12 +87,12 @@ def perturb(
 
   def leaf(e, w):
     out = _checks.dtype_of(w) if dtype is None else dtype
-    if _trees.is_masked(e):
+    if _checks.is_masked(e):
       return jnp.asarray(w, out)
     wide = _trees.accumulator_dtype(w, out)
     return jnp.asarray(jnp.asarray(w, wide) + jnp.asarray(e, wide), out)
 
-  return jax.tree.map(leaf, eps, params, is_leaf=_trees.is_masked)
+  return jax.tree.map(leaf, eps, params, is_leaf=_checks.is_masked)
 
 
 def steepest_direction(h: Arrays, p: float) -> tuple[Arrays, Arrays]:

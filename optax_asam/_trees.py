@@ -23,9 +23,19 @@ def accumulator_dtype(*leaves: Any) -> Any:
   return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
-def is_masked(node: Any) -> bool:
-  """Whether ``node`` marks a leaf that is masked out."""
-  return isinstance(node, optax.MaskedNode)
+def widen(x: Any) -> jax.Array:
+  """``x`` in at least float32."""
+  return jnp.asarray(x, accumulator_dtype(x))
+
+
+def fill_masked(tree: PyTree, params: optax.Params) -> PyTree:
+  """``tree`` with zeros, like those of ``params``, at leaves masked out."""
+  return jax.tree.map(
+    lambda x, w: jnp.zeros_like(w) if _checks.is_masked(x) else x,
+    tree,
+    params,
+    is_leaf=_checks.is_masked,
+  )
 
 
 def resolve_mask(mask: Mask | None, params: optax.Params) -> PyTree:

@@ -83,15 +83,9 @@ def steepest_ascent(
   def update_fn(updates, state, params=None):
     params = _checks.checked_params(params, updates)
     eps, state = ascent.update(updates, state, params)
+    eps = _trees.fill_masked(eps, params)
     eps = jax.tree.map(
-      lambda e, w: (
-        jnp.zeros_like(w)
-        if _trees.is_masked(e)
-        else jnp.asarray(e, _checks.dtype_of(w))
-      ),
-      eps,
-      params,
-      is_leaf=_trees.is_masked,
+      lambda e, w: jnp.asarray(e, _checks.dtype_of(w)), eps, params
     )
     return eps, state
 
@@ -233,17 +227,14 @@ def friendly(
   _checks.check_scale('decay', decay, '0.9')
   _checks.check_below_one('decay', decay, '0.9')
 
-  def wide(x):
-    return jnp.asarray(x, _trees.accumulator_dtype(x))
-
   def init_fn(params):
     return FriendlyState(
-      ema=jax.tree.map(lambda w: jnp.zeros_like(wide(w)), params)
+      ema=jax.tree.map(lambda w: jnp.zeros_like(_trees.widen(w)), params)
     )
 
   def update_fn(updates, state, params=None):
     del params
-    grads = jax.tree.map(wide, updates)
+    grads = jax.tree.map(_trees.widen, updates)
     finite = [jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]
     is_finite = jnp.stack([*finite, jnp.array(True)]).all()
 
@@ -303,12 +294,12 @@ def _scale_by_rho(
     eps = jax.tree.map(
       lambda e, w: (
         e
-        if _trees.is_masked(e)
+        if _checks.is_masked(e)
         else jnp.asarray(jnp.asarray(radius, e.dtype) * e, _checks.dtype_of(w))
       ),
       updates,
       params,
-      is_leaf=_trees.is_masked,
+      is_leaf=_checks.is_masked,
     )
     return eps, ScaleByRhoState(step=optax.safe_increment(state.step))
 

@@ -54,8 +54,8 @@ def gsam(alpha: chex.Numeric = 0.4) -> Descent:
     projection = _dot(grads, perturbed_grads) / jnp.where(usable, squares, 1)
 
     def leaf(g, h):
-      h_wide = _wide(h)
-      rejection = _wide(g) - projection.astype(h_wide.dtype) * h_wide
+      h_wide = _trees.widen(h)
+      rejection = _trees.widen(g) - projection.astype(h_wide.dtype) * h_wide
       result = h_wide - jnp.asarray(alpha, h_wide.dtype) * rejection
       return jnp.where(usable, result, h_wide).astype(h.dtype)
 
@@ -97,19 +97,14 @@ def wsam(gamma: chex.Numeric = 0.9) -> Descent:
 
   def descent(grads, perturbed_grads):
     def leaf(g, h):
-      h_wide = _wide(h)
+      h_wide = _trees.widen(h)
       gamma_ = jnp.asarray(gamma, h_wide.dtype)
       weight = gamma_ / (1 - gamma_)
-      return ((1 - weight) * _wide(g) + weight * h_wide).astype(h.dtype)
+      return ((1 - weight) * _trees.widen(g) + weight * h_wide).astype(h.dtype)
 
     return jax.tree.map(leaf, grads, perturbed_grads)
 
   return descent
-
-
-def _wide(x: jax.Array) -> jax.Array:
-  """``x`` in at least float32."""
-  return jnp.asarray(x, _trees.accumulator_dtype(x))
 
 
 def _dot(a: optax.Updates, b: optax.Updates) -> jax.Array:

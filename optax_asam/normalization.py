@@ -241,7 +241,7 @@ def _masked(operator, eta, mask) -> Normalization:
   def leaf(selected, w):
     if not selected:
       return 1
-    w = jnp.asarray(w, _trees.accumulator_dtype(w))
+    w = _trees.widen(w)
     return operator(w) + jnp.asarray(eta, w.dtype)
 
   def normalization(params):

@@ -233,7 +233,6 @@ def _value_and_grad_fn(
   The gradient has the dtypes of ``updates``.
   """
   name, function = _checks.check_one_function(functions)
-
   kwargs = _keywords_of(function, extra_args)
 
   def value_fn(params):
@@ -282,6 +281,4 @@ def _descend(
 
 def _divide(step: optax.Updates, n: int) -> optax.Updates:
   """``step / n`` in at least float32: n roundings to bfloat16 would add up."""
-  return jax.tree.map(
-    lambda e: jnp.asarray(e, _trees.accumulator_dtype(e)) / n, step
-  )
+  return jax.tree.map(lambda e: _trees.widen(e) / n, step)

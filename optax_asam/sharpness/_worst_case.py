@@ -212,11 +212,6 @@ def worst_perturbation(
     )
     best, _ = jax.lax.scan(restart, best, keys)
   value, u = best
-  eps = jax.tree.map(
-    lambda e, w: jnp.zeros_like(w) if _trees.is_masked(e) else e,
-    coordinates.push(u),
-    params,
-    is_leaf=_trees.is_masked,
-  )
+  eps = _trees.fill_masked(coordinates.push(u), params)
   # At w the rise is zero, which rounding in a fused program may miss.
   return _ball.at_radius(rho, jnp.maximum(value, 0)), eps

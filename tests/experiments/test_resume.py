@@ -179,8 +179,13 @@ def test_finished_run_is_kept(untouched, fail, capsys):
   assert run(untouched, '--lr=0.2') == 2
   error = capsys.readouterr().err
   assert 'holds the results of a run with lr = 0.1, but got 0.2.' in error
+  # Interrupted at once, nothing is left that blocks the next start.
+  fail(loop.Group, 'compile', 1, KeyboardInterrupt())
+  assert run(untouched) == 130
+  assert not (untouched / run_folder.STARTED_WITH).exists()
   fail(loop.Group, 'train_epoch', SECOND_FINAL_EPOCH, KeyboardInterrupt())
   assert run(untouched) == 130
+  assert '--resume' in capsys.readouterr().err
   assert (
     before.items()
     <= {
