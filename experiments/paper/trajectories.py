@@ -230,7 +230,7 @@ def write_trajectories(path: Path, results: Mapping[str, Any]) -> None:
     axes.plot(
       *np.transpose(ends),
       color=COLORS[name],
-      label=f'{name.upper()}, with its end',
+      label=f'{name.upper()} (end point)',
       linestyle='',
       marker='o',
       markeredgecolor='white',
