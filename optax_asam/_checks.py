@@ -359,9 +359,9 @@ def check_params(params: optax.Params) -> None:
     if is_masked(leaf):
       raise ValueError(
         f'{name} is an optax.MaskedNode: optax.masked or optax.partition'
-        f' around this transformation hides parameters that the gradient'
-        f' function needs. Put it inside: asam(optax.partition(...),'
-        f' mask=trainable) or asam(optax.masked(...)).'
+        f' around this transformation hides parameters from it. Put it inside:'
+        f' asam(optax.partition(...), mask=trainable) or'
+        f' asam(optax.masked(...)).'
       )
     if not hasattr(leaf, 'dtype'):
       raise TypeError(
@@ -472,6 +472,42 @@ def check_operator(t: Any, params: optax.Params) -> None:
         f' but at {name} returned shape {jnp.shape(leaf)} for {jnp.shape(w)}.'
         f' {write}'
       ) from error
+
+
+# Momentum.
+
+
+def no_momentum(reason: str) -> ValueError:
+  """The error for a ``base_tx`` whose momentum :func:`momentum_asam` lacks."""
+  return ValueError(
+    f'base_tx must keep one average of gradients like params, in a field trace'
+    f' or mu of its state, but {reason}. Keep one beside it:'
+    f' momentum_asam(base_tx, momentum=0.9).'
+  )
+
+
+def check_one_state(states: list[Any]) -> None:
+  """Raises unless there is one state of :func:`momentum_asam`."""
+  if len(states) != 1:
+    raise ValueError(
+      f'opt_state must contain one state of momentum_asam, but contains'
+      f' {len(states)}. Pass the state of the whole optimizer:'
+      f' eval_params(opt_state, params).'
+    )
+
+
+def check_perturbation(perturbation: list[Any], params: list[Any]) -> None:
+  """Raises unless the leaves of a perturbation are those of ``params``."""
+  got = [jnp.shape(w) for w in params]
+  want = [None if is_masked(e) else jnp.shape(e) for e in perturbation]
+  if len(got) != len(want) or any(
+    b is not None and a != b for a, b in zip(got, want, strict=True)
+  ):
+    raise ValueError(
+      f'params must be those that opt_state belongs to, but got {len(got)}'
+      f' arrays of shapes {got} for perturbations of shapes {want}. Pass the'
+      f' parameters of the training loop: eval_params(opt_state, params).'
+    )
 
 
 # The functions for the second gradient, and their results.
