@@ -212,6 +212,35 @@ def check_function(name: str, value: Any, write: str) -> None:
     )
 
 
+def checked_ascent_fun(
+  fun: Callable[..., Any],
+  ascent_fun: Callable[..., Any] | None,
+  has_aux: bool,
+) -> Callable[..., Any]:
+  """``ascent_fun`` with a check of what it returns; by default ``fun``."""
+  if ascent_fun is None:
+    return fun
+  write = 'ascent_fun=lambda params, batch: loss_fn(params, batch[:32])'
+  check_function('ascent_fun', ascent_fun, write)
+
+  needed = 'a pair of a scalar and auxiliary data' if has_aux else 'a scalar'
+
+  @functools.wraps(ascent_fun)
+  def checked(*args, **kwargs):
+    value = out = ascent_fun(*args, **kwargs)
+    if has_aux:
+      is_pair = isinstance(out, (tuple, list)) and len(out) == 2
+      value = out[0] if is_pair else None
+    if not is_float_array(value) or jnp.shape(value):
+      raise TypeError(
+        f'ascent_fun must return {needed}, as the differentiated function does,'
+        f' but returned {describe(out)}. For example: {write}.'
+      )
+    return out
+
+  return checked
+
+
 def check_normalization(
   name: str, value: Any, factories: tuple[Callable[..., Any], ...]
 ) -> None:
@@ -269,6 +298,18 @@ def check_perturbed_dtype(value: Any) -> None:
     raise TypeError(
       f'perturbed_dtype must be a floating dtype, but got {dtype}. {write}'
     )
+
+
+def check_second_gradient(
+  descent: Any, ascent_steps: Any, perturbed_dtype: Any
+) -> None:
+  """Raises unless these arguments, which say how it is taken, are valid."""
+  if descent is not None:
+    check_function(
+      'descent', descent, 'descent=lambda grads, perturbed_grads: ...'
+    )
+  check_count('ascent_steps', ascent_steps)
+  check_perturbed_dtype(perturbed_dtype)
 
 
 # Arguments of the measures of sharpness.
