@@ -66,7 +66,7 @@ def value_and_grad(
     ascent_fun: The function whose gradient determines the perturbation, by
       default ``fun``. It takes the arguments of ``fun`` and returns what
       ``fun`` returns, such as the loss of part of the batch:
-      ``ascent_fun=lambda params, batch: loss_fn(params, batch[:32])``. All
+      ``ascent_fun=lambda params, batch: loss_fn(params, batch[::4])``. All
       ascent steps use it, and ``fun`` is evaluated once: the value and the
       auxiliary data are those of ``fun`` at w + eps. The first argument of
       ``descent`` is the gradient of ``ascent_fun``.

@@ -77,7 +77,7 @@ def value_and_grad(
     ascent_fun: The function whose gradient determines the perturbation, by
       default ``f``. It takes the arguments of ``f`` and returns what ``f``
       returns, such as the loss of part of the batch:
-      ``ascent_fun=lambda model, batch: loss_fn(model, batch[:32])``. All ascent
+      ``ascent_fun=lambda model, batch: loss_fn(model, batch[::4])``. All ascent
       steps use it, on copies of the modules, and ``f`` is evaluated once: the
       value, the auxiliary data, the batch statistics and the RNG counts are
       those of ``f`` at w + eps. What ``f`` changes in the differentiated

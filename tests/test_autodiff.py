@@ -121,6 +121,7 @@ def test_dtypes():
     assert grads['b'].dtype == jnp.float32
 
 
+ELEMENTWISE = reference.elementwise(0.01)
 # Each option of OPTIONS, as keywords of `by_hand`.
 BY_HAND = {
   'defaults': {},
@@ -142,7 +143,7 @@ def by_hand(
   part,
   *,
   rho=0.5,
-  operator=reference.elementwise(0.01),
+  operator=ELEMENTWISE,
   p=2,
   perturbed=frozenset({'kernel', 'bias'}),
   ascent_steps=1,
