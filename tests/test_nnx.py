@@ -176,15 +176,18 @@ def test_ascent_fun_leaves_the_module_as_the_last_pass_does(model):
   assert error(nnx.state(model, nnx.Param), params) == 0
 
 
-def test_in_scan(network, x):
+@pytest.mark.parametrize(
+  ('ascent_fun', 'by_hand'), [(None, by_hand), (ascent_fun, on_part_by_hand)]
+)
+def test_in_scan(network, x, ascent_fun, by_hand):
   """Three steps of SGD in nnx.scan are three by hand."""
 
   @nnx.jit
   @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
   def train(network, x):
-    (loss, _), grads = optax_asam.nnx.value_and_grad(loss_fn, has_aux=True)(
-      network, x
-    )
+    (loss, _), grads = optax_asam.nnx.value_and_grad(
+      loss_fn, has_aux=True, ascent_fun=ascent_fun
+    )(network, x)
     descend(network, grads)
     return network, loss
 
