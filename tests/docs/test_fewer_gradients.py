@@ -85,7 +85,7 @@ ROWS = {
     SNIPPETS['test_late_phase'][0],
     {'is_sharp': lambda step: step >= START},
   ),
-  'Both': (
+  'Late phase, every k-th step': (
     SNIPPETS['test_late_phase'][1],
     {'is_sharp': lambda step: step >= START and step % 2 == 0},
   ),
