@@ -56,6 +56,11 @@ def is_float_array(value: Any) -> bool:
   )
 
 
+def is_float_scalar(value: Any) -> bool:
+  """Whether ``value`` is a real floating scalar."""
+  return is_float_array(value) and not jnp.shape(value)
+
+
 def is_masked(node: Any) -> bool:
   """Whether ``node`` marks a leaf that is masked out."""
   return isinstance(node, optax.MaskedNode)
@@ -212,6 +217,37 @@ def check_function(name: str, value: Any, write: str) -> None:
     )
 
 
+def checked_ascent_fun(
+  fun: Callable[..., Any],
+  ascent_fun: Callable[..., Any] | None,
+  has_aux: bool,
+) -> Callable[..., Any]:
+  """``ascent_fun`` with a check of what it returns; by default ``fun``."""
+  if ascent_fun is None:
+    return fun
+  write = 'ascent_fun=lambda params, batch: loss_fn(params, batch[::4])'
+  check_function('ascent_fun', ascent_fun, write)
+
+  needed = 'a pair of a scalar and auxiliary data' if has_aux else 'a scalar'
+
+  @functools.wraps(ascent_fun)
+  def checked(*args, **kwargs):
+    out = ascent_fun(*args, **kwargs)
+    if has_aux:
+      is_pair = isinstance(out, (tuple, list)) and len(out) == 2
+      is_valid = is_pair and is_float_scalar(out[0])
+    else:
+      is_valid = is_float_scalar(out)
+    if not is_valid:
+      raise TypeError(
+        f'ascent_fun must return {needed}, as the differentiated function does,'
+        f' but returned {describe(out)}. For example: {write}.'
+      )
+    return out
+
+  return checked
+
+
 def check_normalization(
   name: str, value: Any, factories: tuple[Callable[..., Any], ...]
 ) -> None:
@@ -269,6 +305,18 @@ def check_perturbed_dtype(value: Any) -> None:
     raise TypeError(
       f'perturbed_dtype must be a floating dtype, but got {dtype}. {write}'
     )
+
+
+def check_second_gradient(
+  descent: Any, ascent_steps: Any, perturbed_dtype: Any
+) -> None:
+  """Raises unless these arguments, which say how it is taken, are valid."""
+  if descent is not None:
+    check_function(
+      'descent', descent, 'descent=lambda grads, perturbed_grads: ...'
+    )
+  check_count('ascent_steps', ascent_steps)
+  check_perturbed_dtype(perturbed_dtype)
 
 
 # Arguments of the measures of sharpness.
@@ -549,7 +597,7 @@ def check_grads(grads: Any, params: optax.Params) -> None:
 
 def check_scalar(name: str, value: Any) -> None:
   """Raises unless ``value``, from the function ``name``, is a real scalar."""
-  if not is_float_array(value) or jnp.shape(value):
+  if not is_float_scalar(value):
     raise TypeError(
       f'{name} must return a real scalar, but returned {describe(value)}.'
       f' For example: {name}=lambda p: loss(p).mean(), or loss(p)[0] if it'

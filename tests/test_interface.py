@@ -26,11 +26,13 @@ SIGNATURES = {
   ),
   optax_asam.value_and_grad: (
     '(fun, argnums=0, has_aux=False, *, rho=0.5, eta=0.01, adaptive=True,'
-    ' ord=2, mask=None, ascent_steps=1, descent=None, perturbed_dtype=None)'
+    ' ord=2, mask=None, ascent_steps=1, descent=None, perturbed_dtype=None,'
+    ' ascent_fun=None)'
   ),
   optax_asam.grad: (
     '(fun, argnums=0, has_aux=False, *, rho=0.5, eta=0.01, adaptive=True,'
-    ' ord=2, mask=None, ascent_steps=1, descent=None, perturbed_dtype=None)'
+    ' ord=2, mask=None, ascent_steps=1, descent=None, perturbed_dtype=None,'
+    ' ascent_fun=None)'
   ),
   ascent.steepest_ascent: '(normalization, *, ord=2, mask=None)',
   ascent.rho_ball: '(rho, eta, adaptive, *, ord=2, mask=None)',
