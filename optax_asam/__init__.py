@@ -8,17 +8,21 @@ from optax_asam.alias import asam
 from optax_asam.alias import sam
 from optax_asam.autodiff import grad
 from optax_asam.autodiff import value_and_grad
+from optax_asam.looksam import LookSAMState
+from optax_asam.looksam import looksam
 from optax_asam.transform import SharpnessAwareState
 from optax_asam.transform import sharpness_aware
 
 __version__ = '0.1.0'
 
 __all__ = (
+  'LookSAMState',
   'SharpnessAwareState',
   'asam',
   'ascent',
   'descent',
   'grad',
+  'looksam',
   'normalization',
   'sam',
   'sharpness',

@@ -115,7 +115,7 @@ def steepest_direction(h: Arrays, p: float) -> tuple[Arrays, Arrays]:
     return [], []
   tiny = float(jnp.finfo(h[0].dtype).tiny)
   if p == 2:
-    norm, usable = _guarded_root(_sum(x * x for x in h), tiny)
+    norm, usable = guarded_root(_sum(x * x for x in h), tiny)
     # Most devices flush squares below `tiny` to zero, so the elements behind
     # them are dropped. Otherwise, a thousand elements of 1e-19 and one
     # of 2e-19, which alone counts in the norm, would leave the ball.
@@ -124,14 +124,14 @@ def steepest_direction(h: Arrays, p: float) -> tuple[Arrays, Arrays]:
   peak = jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in h]).max()
   peak = jax.lax.stop_gradient(peak)
   if p == math.inf:
-    _, usable = _guarded_root(jnp.isfinite(peak).astype(peak.dtype), tiny)
+    _, usable = guarded_root(jnp.isfinite(peak).astype(peak.dtype), tiny)
     # Some devices flush denormal numbers to zero, so they are always dropped.
     is_used = [(jnp.abs(x) >= tiny) & usable for x in h]
     return [jnp.sign(x) for x in h], is_used
   # |h|^q overflows and underflows early, so h is divided by about its largest
   # magnitude. That cancels, so the derivative may ignore it. XLA copies neither
-  # scalar, as in `_guarded_root`; it would simplify root * root.
-  root, usable = _guarded_root(peak, 2 * tiny)
+  # scalar, as in `guarded_root`; it would simplify root * root.
+  root, usable = guarded_root(peak, 2 * tiny)
   exponent = jnp.ceil(128 * jnp.log2(jnp.where(usable, root, 1))) / 64
   scale = jnp.exp2(exponent)
   q = p / (p - 1)
@@ -150,7 +150,7 @@ def _sum(arrays: Iterable[jax.Array]) -> jax.Array:
   return functools.reduce(operator.add, map(jnp.sum, arrays))
 
 
-def _guarded_root(x: jax.Array, tiny: float) -> tuple[jax.Array, jax.Array]:
+def guarded_root(x: jax.Array, tiny: float) -> tuple[jax.Array, jax.Array]:
   """The root of a scalar, and whether the scalar is in (tiny, max / 8).
 
   The guard is inside the root, whose derivative at zero is infinite, and
