@@ -1,4 +1,4 @@
-r"""LookSAM: the second gradient on every k-th update, and its direction between.
+r"""LookSAM: the second gradient on every k-th update, reused in between.
 
 On the updates in between, what the perturbation changed in the gradient is
 used again: a step costs :math:`1 + 1/k` gradients on average.
@@ -22,14 +22,14 @@ from optax_asam import transform
 
 
 class LookSAMState(NamedTuple):
-  """State of :func:`looksam`, without that of the base.
+  r"""State of :func:`looksam`, without that of the base.
 
   Attributes:
     step: Number of updates so far, an int32 scalar.
     perturbed_value: The last L(w + eps) that was measured with ``value_fn``, a
       scalar of at least float32. Zero at first.
     ascent_state: State of the ascent.
-    direction: :math:`g_v / \\|g_v\\|` of the last update that took the second
+    direction: :math:`g_v / \|g_v\|` of the last update that took the second
       gradient, a pytree like ``params`` in at least float32. Zero if there is
       none.
   """
@@ -133,41 +133,44 @@ def looksam(
     runs convolutions much more slowly on CPU. In these cases, choose in Python
     between two jitted steps on the same state: one with ``every_k=1``, which
     needs no ``cond``, for updates 0, k, 2k, ..., and one with ``every_k=k`` for
-    the others. Under ``vmap``, the latter still computes the second gradient.
+    the others, to which ``grad_fn=lambda _: grads`` may be passed: the second
+    gradient is then compiled in the first alone.
   """
   _checks.check_count('every_k', every_k)
   _checks.check_scale('alpha', alpha, '0.1')
   ascent = _ascent.rho_ball(rho, eta, adaptive, ord=ord, mask=mask)
-  sharpness_aware = transform.sharpness_aware(
+  # Any: for type checkers, Optax's states have no fields.
+  sharpness_aware: Any = transform.sharpness_aware(
     ascent, axis_name=axis_name, perturbed_dtype=perturbed_dtype
   )
 
   def init_fn(params):
-    state = sharpness_aware.init(params)
     direction = jax.tree.map(lambda w: jnp.zeros_like(_trees.widen(w)), params)
-    return LookSAMState(*state, direction)
+    return LookSAMState(
+      **sharpness_aware.init(params)._asdict(), direction=direction
+    )
 
   def update_fn(updates, state, params=None, **extra_args):
     params = _checks.checked_params(params, updates)
-    *second_state, direction = state
 
     def average(tree):
       return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
     def look():
-      grads, second = sharpness_aware.update(
+      grads, (_, value, _) = sharpness_aware.update(
         updates,
-        transform.SharpnessAwareState(*second_state),
+        transform.SharpnessAwareState(
+          state.step, state.perturbed_value, state.ascent_state
+        ),
         params,
         **extra_args,
       )
-      new_direction = _direction(average(updates), grads)
-      new_direction = optax.tree.cast_like(new_direction, direction)
-      return grads, second.perturbed_value, new_direction
+      direction = _direction(average(updates), grads)
+      return grads, value, optax.tree.cast_like(direction, state.direction)
 
     def reuse():
-      grads = _along(average(updates), direction, alpha)
-      return grads, state.perturbed_value, direction
+      grads = _along(average(updates), state.direction, alpha)
+      return grads, state.perturbed_value, state.direction
 
     # As in `sharpness_aware`: a schedule of rho counts every update, and the
     # perturbation is unused here, so it is not computed.

@@ -14,6 +14,7 @@ import pytest
 
 from optax_asam import asam
 from optax_asam import ascent
+from optax_asam import looksam
 from optax_asam import normalization
 from optax_asam import sam
 from optax_asam import sharpness_aware
@@ -37,6 +38,7 @@ TRANSFORMATIONS = {
   'filterwise': (asam(SGD, adaptive=normalization.filterwise()), 2.0),
   'every_k': (asam(SGD, every_k=2), 2.0),
   'when': (asam(SGD, when=lambda step: step >= 9), 2.0),
+  'looksam': (looksam(SGD), 4.0),
   'ascent_steps': (asam(SGD, ascent_steps=2), 3.2),
   'pieces': (optax.chain(sharpness_aware(STEEPEST), SGD), 1.7),
 }
