@@ -197,19 +197,19 @@ def _direction(
 ) -> optax.Updates:
   """The part of g~ that is orthogonal to g, as a unit vector, or zero."""
   g_norm, usable = _norm(grads)
-  h_norm, _ = _norm(perturbed_grads)
-  # XLA would simplify the square of a root, as in `_geometry.guarded_root`.
-  projection = _trees.dot(grads, perturbed_grads) / g_norm / g_norm
+  # The length of the part of g~ along g. It is not divided by the square of the
+  # norm, which XLA would simplify, as in `_geometry.guarded_root`.
+  length = _trees.dot(grads, perturbed_grads) / g_norm
 
   def rejection(g, h):
     h = _trees.widen(h)
-    return h - projection.astype(h.dtype) * _trees.widen(g)
+    return h - (length / g_norm).astype(h.dtype) * _trees.widen(g)
 
   rejections = jax.tree.map(rejection, grads, perturbed_grads)
   norm, is_normal = _norm(rejections)
-  # If g~ equals g but for rounding, as with rho = 0, a unit vector would make
-  # noise of it that is as large as any signal.
-  usable &= is_normal & (norm > _rounding(grads) * h_norm)
+  # If g~ equals g but for rounding, as with rho = 0, what is left is noise, and
+  # as a unit vector it would be as large as any signal.
+  usable &= is_normal & (norm > _rounding(grads) * jnp.abs(length))
   return jax.tree.map(
     lambda r: jnp.where(usable, r / norm.astype(r.dtype), 0), rejections
   )

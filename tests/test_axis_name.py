@@ -54,20 +54,20 @@ def one_device(shared, ord, every_k, descent, alpha=None):
     mean = lambda tree: jax.tree.map(lambda x: x.mean(0), tree)
     local = jax.vmap(jax.grad(network.loss_fn), (None, 0))(params, groups)
     ascended = grads = mean(local)
+    g, unravel = ravel_pytree(grads)
     if perturb:
       ascended = grads if shared else local
       in_axes = (None, None if shared else 0, 0)
       perturbed = mean(
         jax.vmap(perturbed_grad, in_axes)(params, ascended, groups)
       )
-      g, unravel = ravel_pytree(grads)
       h, _ = ravel_pytree(perturbed)
       direction = h - (g @ h) / (g @ g) * g
       direction = unravel(direction / jnp.linalg.norm(direction))
       grads = descent(grads, perturbed) if descent else perturbed
     elif alpha:
-      scale = alpha * optax.global_norm(grads)
-      grads = jax.tree.map(lambda g, d: g + scale * d, grads, direction)
+      direction_, _ = ravel_pytree(direction)
+      grads = unravel(g + alpha * jnp.linalg.norm(g) * direction_)
     updates, state = BASE_TX.update(grads, state, params)
     return optax.apply_updates(params, updates), state, direction, ascended
 

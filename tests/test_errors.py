@@ -334,6 +334,7 @@ FITS = 'mask=jax.tree.map('
     (ValueError, [True], f'[*] & {FITS}'),
     (ValueError, lambda p: {'conv': True}, f"'conv' & {FITS}"),
     (ValueError, lambda p: False, 'mask=None'),
+    (ValueError, normalization.normalization_layers, 'mask=None'),
     (TypeError, {'dense': 'yes'}, f"mask['dense'] & 'yes' & {FITS}"),
     (TypeError, {'dense': 1}, f"mask['dense'] & 1 & {FITS}"),
     (TypeError, lambda p: p, f'(3,) & static_args & {FITS}'),
