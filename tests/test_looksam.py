@@ -201,14 +201,19 @@ NO_DIRECTION = {
 }
 
 
-@pytest.mark.parametrize('name', NO_DIRECTION)
-def test_no_direction(name):
+@pytest.mark.parametrize(
+  ('name', 'dtype'),
+  [
+    *[(name, 'float32') for name in NO_DIRECTION],
+    ('an ulp in 16 bits', 'bfloat16'),
+  ],
+)
+def test_no_direction(name, dtype):
   """The next update is the base's to the last bit: -0.0 + 0.0 would be 0.0."""
-  grads, perturbed_grads = NO_DIRECTION[name]
-  later = tree_of(-0.0, 1.0, 0.5)
-  direction, descended = two_updates(
-    tree_of(1, 2, 3), tree_of(*grads), tree_of(*perturbed_grads), later
-  )
+  values = NO_DIRECTION.get(name, (G, (1.0 + 2**-7, -2.0, 3.0)))
+  values = (1, 2, 3), *values, (-0.0, 1.0, 0.5)
+  *trees, later = (tree_of(*v, dtype=dtype) for v in values)
+  direction, descended = two_updates(*trees, later)
   assert not any(d.any() for d in jax.tree.leaves(direction))
   assert_same_bits(descended, later)
 
@@ -226,10 +231,10 @@ def test_small_direction(dtype, smallest):
   assert error(descended, expected) < 2e-3
 
 
-@pytest.mark.parametrize('value', [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize('value', [np.nan, np.inf, 1e30, 0.0])
 def test_bad_gradient_in_between(value):
   """It reaches the base as it is, and spoils neither other leaves nor state."""
-  later = tree_of(value, 1.0, 0.5)
+  later = tree_of(value, 1.0, 0.5) if value else tree_of(0, 0, 0)
   direction, descended = two_updates(
     tree_of(1, 2, 3), tree_of(*G), tree_of(3.0, 1.0, 1.0), later
   )
