@@ -288,8 +288,9 @@ INJECTED = {
       static_args=[
         a for a in STATIC_ARGS if a not in ('ascent_steps', 'descent')
       ],
-    )(SGD, RHO, ETA),
-    lambda rho: looksam(SGD, rho, ETA),
+    )(SGD, RHO, ETA, every_k=1),
+    # A compiled branch, as with every_k=2, would fold a number: an ulp.
+    lambda rho: looksam(SGD, rho, ETA, every_k=1),
   ),
   'sharpness_aware': (
     optax.chain(sharpness_aware(INJECTED_BALL), SGD),
