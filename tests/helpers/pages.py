@@ -12,6 +12,7 @@ import optax
 
 import optax_asam
 from optax_asam import asam
+from optax_asam import looksam
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / 'docs'
@@ -19,6 +20,7 @@ NAMESPACE = {
   'asam': asam,
   'jax': jax,
   'jnp': jnp,
+  'looksam': looksam,
   'optax': optax,
   'optax_asam': optax_asam,
 }
