@@ -93,7 +93,7 @@ class Comparison:
     self._train(task_name, name, lanes, entry['runs'], is_search=False)
     entry['summary'] = budget_report.summarize(entry)
     self.write()
-    print(budget_report.table({'title': task_name, 'methods': {name: entry}}))
+    print(budget_report.line(task_name, entry), flush=True)
 
   def _train(self, task_name, name, lanes, done, *, is_search):
     """Trains the lanes that are not done, and appends what is measured."""

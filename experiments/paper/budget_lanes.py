@@ -6,6 +6,7 @@ under ``vmap``, too: the condition is one number.
 """
 
 from collections.abc import Callable
+from collections.abc import Sequence
 import functools
 from typing import Any
 from typing import NamedTuple
@@ -91,29 +92,21 @@ def _is_integer(x):
   return jnp.issubdtype(x.dtype, jnp.integer)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def make_indices(
-  keys: jax.Array, epochs: int, num_examples: int, batch_size: int
-) -> jax.Array:
+  seeds: Sequence[int], epochs: int, num_examples: int, batch_size: int
+) -> np.ndarray:
   """The batches of each lane, int32 [steps, lanes, batch_size].
 
   Each epoch has its own order; examples that do not fill a batch are left out.
+  On the host: a slice of an array on the device is compiled for each place.
   """
-  per_epoch = num_examples // batch_size
-
-  def epoch(key, i):
-    key = jax.random.fold_in(key, i)
-    order = jax.random.permutation(key, num_examples)
-    return order[: per_epoch * batch_size].reshape(per_epoch, batch_size)
-
-  def lane(key):
-    # Not mapped over epochs, so as not to sort them all at once.
-    _, batches = jax.lax.scan(
-      lambda _, i: (None, epoch(key, i)), None, jnp.arange(epochs)
-    )
-    return batches.reshape(-1, batch_size).astype(jnp.int32)
-
-  return jnp.moveaxis(jax.vmap(lane)(keys), 0, 1)
+  used = num_examples // batch_size * batch_size
+  lanes = []
+  for seed in seeds:
+    rng = np.random.default_rng(seed)
+    orders = [rng.permutation(num_examples)[:used] for _ in range(epochs)]
+    lanes.append(np.reshape(orders, (-1, batch_size)))
+  return np.stack(lanes, axis=1).astype(np.int32)
 
 
 def make_functions(
@@ -124,9 +117,9 @@ def make_functions(
 ) -> tuple[Any, Any]:
   """The functions ``init`` and ``run`` of a method, jitted.
 
-  ``init(keys, inputs)`` returns parameters and states of the optimizer.
-  ``run(carry, inputs, indices, steps)`` takes steps with the batches
-  ``indices``, [steps, lanes, batch_size].
+  ``init(params, inputs)`` returns the states of the optimizer, and
+  ``run(carry, inputs, indices, steps)`` takes steps from parameters and states,
+  with the batches ``indices``, [steps, lanes, batch_size].
   """
   model = recipe.model
 
@@ -137,9 +130,8 @@ def make_functions(
     run = budget_methods.Run(base_tx, lane.num_steps)
     return method.make_tx(run, lane.values[0], lane.values[1])
 
-  def init(key, lane):
-    params, _ = models.init(model, key, dataset.preprocess(lane.images[:1]))
-    return params, make_tx(lane).init(params)
+  def init(params, lane):
+    return make_tx(lane).init(params)
 
   def step(params, opt_state, lane, indices, i):
     images, labels = lane.images[indices], lane.labels[indices]
@@ -161,16 +153,11 @@ def make_functions(
     )
     return optax.apply_updates(params, updates), opt_state
 
-  def init_lanes(keys, inputs):
-    # The state of one lane says which parts of it are counters.
-    lane = jax.eval_shape(
-      lambda: (
-        keys[0],
-        Inputs(*[take(x, axis) for x, axis in zip(inputs, LANES, strict=True)]),
-      )
-    )
-    axes = 0, counters_are_shared(jax.eval_shape(init, *lane)[1])
-    return map_lanes(init, num_lanes, (0, LANES), axes)(keys, inputs)
+  def init_lanes(params, inputs):
+    # The state of a lane says which parts of it are counters.
+    first = jax.tree.map(lambda x: x[0], params), take(inputs)
+    axes = counters_are_shared(jax.eval_shape(init, *first))
+    return map_lanes(init, num_lanes, (0, LANES), axes)(params, inputs)
 
   def run(carry, inputs, indices, steps):
     axes = 0, counters_are_shared(carry[1])
@@ -184,9 +171,27 @@ def make_functions(
   return jax.jit(init_lanes), jax.jit(run, donate_argnums=0)
 
 
-def take(x: jax.Array, axis: int | None) -> jax.Array:
+def take(inputs: Inputs) -> Inputs:
   """The part of the first lane."""
-  return x if axis is None else x[0]
+  return Inputs(
+    *(
+      part if axis is None else part[0]
+      for part, axis in zip(inputs, LANES, strict=True)
+    )
+  )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def init_params(
+  model: Any,
+  preprocess: Callable[[data.Array], jax.Array],
+  keys: jax.Array,
+  image: data.Array,
+) -> Any:
+  """The parameters in which lanes start."""
+  image = preprocess(image)
+  init = lambda key: models.init(model, key, image)[0]
+  return map_lanes(init, len(keys), (0,), 0)(keys)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

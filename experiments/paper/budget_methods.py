@@ -44,7 +44,8 @@ class Method(NamedTuple):
     epochs: The number of epochs, as a multiple of the task's.
     ascent_part: The ascent is on the first 1 / ``ascent_part`` of a batch.
     second_gradient: Whether the optimizer takes another gradient.
-    eval_params: From its state and the parameters to those to be evaluated.
+    eval_params: From its state and the parameters to those to be evaluated,
+      if they are others.
     names: What the values are called, if there are candidates.
     is_applicable: Whether the recipe of a task can be trained with it.
   """
@@ -56,7 +57,7 @@ class Method(NamedTuple):
   epochs: int = 1
   ascent_part: int = 1
   second_gradient: bool = True
-  eval_params: Callable[[Any, Any], Any] = lambda opt_state, params: params
+  eval_params: Callable[[Any, Any], Any] | None = None
   names: tuple[str, ...] = ('rho',)
   is_applicable: Callable[[Any], bool] = lambda recipe: True
 

@@ -121,6 +121,17 @@ def _interval(per_seed: Any, factor: float, decimals: int, sign: str = ''):
   return text if np.isnan(half_width) else f'{text} ± {half_width:.{decimals}f}'
 
 
+def line(task_name: str, method: Mapping[str, Any]) -> str:
+  """A method that has just finished."""
+  summary = method['summary']
+  seconds = summary['seconds_per_step']
+  accuracy = reporting.format_accuracy(summary['test_accuracy']['per_seed'])
+  return (
+    f'{task_name}, {method["title"]}: {accuracy} %, {parameters(method)}'
+    f' ({1000 * seconds:.3f} ms a step)'
+  )
+
+
 def table(task: Mapping[str, Any]) -> str:
   """The table of a task in Markdown."""
   methods = finished(task)

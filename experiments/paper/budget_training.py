@@ -95,10 +95,10 @@ class Trainer:
     program = self._program(task, method, len(lanes))
     init, run = program.result() if self._pool else program
     _, num_steps, chunk = steps_of(task, method)
-    seeds = jnp.uint32([lane.seed for lane in lanes])
-    init_keys, augment_keys, order_keys = jax.vmap(
-      lambda seed: jax.random.split(jax.random.key(seed), 3), out_axes=1
-    )(seeds)
+    seeds = [lane.seed for lane in lanes]
+    init_keys, augment_keys = jax.vmap(
+      lambda seed: jax.random.split(jax.random.key(seed)), out_axes=1
+    )(jnp.uint32(seeds))
     inputs = Inputs(
       values=jnp.float32([lane.values for lane in lanes]),
       keys=augment_keys,
@@ -108,24 +108,29 @@ class Trainer:
       is_augmented=jnp.bool(task.augment),
     )
     indices = budget_lanes.make_indices(
-      order_keys,
-      *(task.epochs * method.epochs, task.train_size, task.recipe.batch_size),
+      *(seeds, task.epochs * method.epochs, task.train_size),
+      task.recipe.batch_size,
     )
-    carry = jax.block_until_ready(init(init_keys, inputs))
+    params = budget_lanes.init_params(
+      *(task.recipe.model, self._dataset.preprocess, init_keys),
+      self._dataset.train.images[:1],
+    )
+    carry = jax.block_until_ready((params, init(params, inputs)))
     start = time.monotonic()
     for first in range(0, num_steps, chunk):
-      steps = jnp.arange(first, first + chunk, dtype=jnp.int32)
+      steps = np.arange(first, first + chunk, dtype=np.int32)
       carry = run(carry, inputs, indices[first : first + chunk], steps)
       jax.block_until_ready(carry)
       if time.monotonic() > self._deadline:
         raise OutOfTime
     seconds = (time.monotonic() - start) / num_steps / len(lanes)
     params, opt_state = carry
-    axes = budget_lanes.counters_are_shared(opt_state)
-    eval_params = budget_lanes.map_lanes(
-      method.eval_params, len(lanes), (axes, 0), 0
-    )
-    return Trained(jax.jit(eval_params)(opt_state, params), seconds)
+    if method.eval_params:
+      axes = budget_lanes.counters_are_shared(opt_state), 0
+      params = budget_lanes.map_lanes(method.eval_params, len(lanes), axes, 0)(
+        opt_state, params
+      )
+    return Trained(params, seconds)
 
   def _labels(self, task, lanes):
     """The labels of each lane: noisy ones, then those that are not used."""
@@ -162,20 +167,27 @@ class Trainer:
     keys = jax.eval_shape(
       lambda: jax.random.split(jax.random.key(0), num_lanes)
     )
+    images = shape(self._images.shape, self._images.dtype)
     inputs = Inputs(
-      shape((num_lanes, 2), jnp.float32),
-      keys,
-      shape((num_lanes, n), jnp.int32),
-      shape(self._images.shape, self._images.dtype),
-      shape((), jnp.int32),
-      shape((), jnp.bool),
+      values=shape((num_lanes, 2), jnp.float32),
+      keys=keys,
+      labels=shape((num_lanes, n), jnp.int32),
+      images=images,
+      num_steps=shape((), jnp.int32),
+      is_augmented=shape((), jnp.bool),
     )
     indices = shape((chunk, num_lanes, recipe.batch_size), jnp.int32)
     steps = shape((chunk,), jnp.int32)
-    carry = jax.eval_shape(init, keys, inputs)
+    params = jax.eval_shape(
+      lambda keys, images: budget_lanes.init_params(
+        recipe.model, self._dataset.preprocess, keys, images[:1]
+      ),
+      *(keys, images),
+    )
+    state = jax.eval_shape(init, params, inputs)
     return (
-      init.lower(keys, inputs).compile(),
-      run.lower(carry, inputs, indices, steps).compile(),
+      init.lower(params, inputs).compile(),
+      run.lower((params, state), inputs, indices, steps).compile(),
     )
 
 
