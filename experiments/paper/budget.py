@@ -15,6 +15,7 @@ CPU, each runs on its own, with the same results up to rounding.
 """
 
 import argparse
+from collections.abc import Iterable
 from collections.abc import Sequence
 import json
 import math
@@ -97,13 +98,11 @@ def read(
   parser: cli.Parser, out: Path, config: dict[str, Any]
 ) -> dict[str, Any]:
   """The results so far; exits if they are of other settings."""
-  results = {'config': config, 'tasks': {}}
   path = out / RESULTS
   if not path.exists():
-    return results
-  results['tasks'] = json.loads(path.read_text())['tasks']
-  before = records.read_started(out / CONFIG)
-  if before != config:
+    return {'config': config, 'tasks': {}}
+  results = json.loads(path.read_text())
+  if results['config'] != config:
     parser.error(
       f"argument --out: '{out}' holds results of other settings than this"
       f' program has now. Remove it, or write another --out.'
@@ -111,61 +110,100 @@ def read(
   return results
 
 
-def main(argv: Sequence[str]) -> None:
-  """Trains what is not in ``--out`` yet."""
-  start = time.monotonic()
-  parser = make_parser()
-  args = parser.parse_args(argv)
-  config = make_config(args)
-  results = read(parser, args.out, config)
+def load(
+  parser: cli.Parser, args: argparse.Namespace, deadline: float
+) -> tuple[dict[str, data.Dataset], dict[str, budget_training.Trainer]]:
+  """The data set and the trainer of each task."""
   on_cpu = jax.default_backend() == 'cpu'
-  datasets, trainers = {}, {}
+  datasets, trainers, by_data = {}, {}, {}
   for name in args.tasks:
-    load = budget_tasks.TASKS[name].load
+    read_data = budget_tasks.TASKS[name].load
     try:
-      datasets[name] = load(args.data_dir)
+      datasets[name] = read_data(args.data_dir)
     except data.DataError as error:
       parser.error(str(error))
     # One for all tasks of a data set: they share compiled programs.
-    trainers[name] = trainers.get(load) or budget_training.Trainer(
-      datasets[name],
-      max_lanes=args.lanes or (1 if on_cpu else 20),
-      deadline=start + 60 * (args.minutes or math.inf),
-      threads=args.threads or (0 if on_cpu else 8),
-    )
-    trainers[load] = trainers[name]
+    if read_data not in by_data:
+      by_data[read_data] = budget_training.Trainer(
+        datasets[name],
+        max_lanes=args.lanes or (1 if on_cpu else 20),
+        deadline=deadline,
+        threads=args.threads or (0 if on_cpu else 8),
+      )
+    trainers[name] = by_data[read_data]
+  return datasets, trainers
+
+
+def train(
+  parser: cli.Parser,
+  argv: Sequence[str],
+  args: argparse.Namespace,
+  config: dict[str, Any],
+  results: dict[str, Any],
+) -> dict[str, Any]:
+  """Trains what is missing, and returns the results."""
+  deadline = time.monotonic() + 60 * (args.minutes or math.inf)
+  datasets, trainers = load(parser, args, deadline)
   args.out.mkdir(parents=True, exist_ok=True)
   started = args.out / CONFIG
   records.write_started(started, config)
+  provenance = records.provenance('experiments.paper.budget', argv, started)
+  provenance['commit'] = provenance['commit'] or args.commit
   results = {
-    **records.provenance('experiments.paper.budget', argv, started),
+    **provenance,
     'complete': False,
-    **results,
+    'config': config,
+    'tasks': results['tasks'],
   }
-  results['commit'] = results['commit'] or args.commit
   comparison = budget_comparison.Comparison(
     args.out / RESULTS, results, trainers, datasets
   )
-  work = [
-    (task, method)
-    for task in args.tasks
-    for method in args.methods
-    if budget_methods.METHODS[method].is_applicable(
-      budget_tasks.TASKS[task].recipe
-    )
-  ]
+  work = missing(results, args.tasks, args.methods)
   try:
     for each in work:
       comparison.prepare(*each)
     for each in work:
       comparison.run(*each)
-    results['complete'] = True
   except budget_training.OutOfTime:
     print('Out of time. To go on, repeat the command.')
   finally:
     for trainer in trainers.values():
       trainer.close()
+    results['complete'] = not missing(
+      results, budget_tasks.TASKS, budget_methods.METHODS
+    )
     comparison.write()
+  return results
+
+
+def missing(
+  results: dict[str, Any], tasks: Iterable[str], methods: Iterable[str]
+) -> list[tuple[str, str]]:
+  """The tasks and methods that have no results yet."""
+
+  def is_missing(task, method):
+    found = results['tasks'].get(task, {'methods': {}})['methods']
+    recipe = budget_tasks.TASKS[task].recipe
+    return budget_methods.METHODS[method].is_applicable(
+      recipe
+    ) and 'summary' not in found.get(method, {})
+
+  return [
+    (task, method)
+    for task in tasks
+    for method in methods
+    if is_missing(task, method)
+  ]
+
+
+def main(argv: Sequence[str]) -> None:
+  """Trains what is not in ``--out`` yet, and prints the tables."""
+  parser = make_parser()
+  args = parser.parse_args(argv)
+  config = make_config(args)
+  results = read(parser, args.out, config)
+  if missing(results, args.tasks, args.methods):
+    results = train(parser, argv, args, config, results)
   if not budget_report.tables(results):
     return
   with records.replacing(args.out / FIGURE) as partial:

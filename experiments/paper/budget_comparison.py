@@ -72,8 +72,6 @@ class Comparison:
 
   def prepare(self, task_name: str, name: str) -> None:
     """Starts to compile what a method needs."""
-    if 'summary' in self.entry(task_name, name):
-      return
     search, num_lanes = self.lanes(task_name, name)
     task = budget_tasks.TASKS[task_name]
     trainer = self._trainers[task_name]
@@ -84,8 +82,6 @@ class Comparison:
   def run(self, task_name: str, name: str) -> None:
     """Chooses the values of a method, trains with them, and reads the test."""
     entry = self.entry(task_name, name)
-    if 'summary' in entry:
-      return
     search, _ = self.lanes(task_name, name)
     self._train(task_name, name, search, entry['search'], is_search=True)
     values = budget_report.choose(entry['search']) if search else (0.0, 0.0)

@@ -126,10 +126,8 @@ def line(task_name: str, method: Mapping[str, Any]) -> str:
   summary = method['summary']
   seconds = summary['seconds_per_step']
   accuracy = reporting.format_accuracy(summary['test_accuracy']['per_seed'])
-  return (
-    f'{task_name}, {method["title"]}: {accuracy} %, {parameters(method)}'
-    f' ({1000 * seconds:.3f} ms a step)'
-  )
+  parts = accuracy, parameters(method), f'{1000 * seconds:.3f} ms a step'
+  return f'{task_name}, {method["title"]}: {"; ".join(filter(None, parts))}'
 
 
 def table(task: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 from experiments import data
 from experiments import models
+from experiments.models import vit
 from experiments.paper import budget
 from experiments.paper import budget_lanes
 from experiments.paper import budget_methods
@@ -163,6 +164,78 @@ def test_gradients(name):
   steps = 10 * method.epochs
   per_lane = sum(examples) / len(lanes)
   assert per_lane / BATCH / steps == method.gradients
+
+
+def apply_vit(images, params, *, size, depth, heads):
+  """A vision transformer, written again."""
+
+  def dense(x, name, layer=params):
+    return x @ layer[name]['kernel'] + layer[name]['bias']
+
+  def norm(x, i):
+    layer = params[f'LayerNorm_{i}']
+    x = x - x.mean(axis=-1, keepdims=True)
+    x /= np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6)
+    return x * layer['scale'] + layer['bias']
+
+  def attend(x, layer):
+    q, k, v = np.split(dense(x, 'Dense_0', layer), 3, axis=-1)
+    y = np.zeros_like(x)
+    for part in np.split(np.arange(x.shape[-1]), heads):
+      weights = np.exp(q[:, part] @ k[:, part].T / np.sqrt(len(part)))
+      y[:, part] = weights / weights.sum(axis=1, keepdims=True) @ v[:, part]
+    return dense(y, 'Dense_1', layer)
+
+  def gelu(x):
+    return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+  logits = []
+  for image in images:
+    rows = range(0, image.shape[0], size)
+    columns = range(0, image.shape[1], size)
+    x = dense(
+      np.array(
+        [
+          image[i : i + size, j : j + size].ravel()
+          for i in rows
+          for j in columns
+        ]
+      ),
+      'Dense_0',
+    )
+    x = x + params['position']
+    for i in range(depth):
+      x = x + attend(norm(x, 2 * i), params[f'Attention_{i}'])
+      y = gelu(dense(norm(x, 2 * i + 1), f'Dense_{2 * i + 1}'))
+      x = x + dense(y, f'Dense_{2 * i + 2}')
+    x = norm(x, 2 * depth).mean(axis=0)
+    logits.append(dense(x, f'Dense_{2 * depth + 1}'))
+  return np.array(logits)
+
+
+def test_vit(x64):
+  """Its logits are those of NumPy, and it has the parameters it should."""
+  images = np.random.default_rng(0).standard_normal((3, 4, 6, 2))
+  options = {'depth': 2, 'heads': 2}
+  model = vit.ViT(3, patch_size=2, width=4, hidden_size=5, **options)
+  params, _ = jax.eval_shape(
+    lambda: models.init(model, jax.random.key(0), jnp.asarray(images))
+  )
+  rng = np.random.default_rng(1)
+  params = jax.tree.map(lambda x: rng.uniform(-1, 1, x.shape), params)
+  logits = model.apply({'params': params}, images)
+  expected = apply_vit(images, params, size=2, **options)
+  assert error(logits, expected) < 1e-12
+  model = vit.ViT(10)
+  params = jax.eval_shape(
+    lambda: model.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+  )
+  width, hidden = 64, 256
+  block = 4 * width + 4 * width * (width + 1)
+  block += width * (hidden + 1) + hidden * (width + 1)
+  expected = (49 + 1) * width + 16 * width + 4 * block + 2 * width
+  expected += (width + 1) * 10
+  assert sum(x.size for x in jax.tree.leaves(params)) == expected
 
 
 def test_calibration_error():
