@@ -37,7 +37,7 @@ class Lane(NamedTuple):
 
 
 class Inputs(NamedTuple):
-  """What a program takes besides the states.
+  """What a program takes besides the states: arrays, their shapes, or axes.
 
   Attributes:
     values: Those of each lane, float32 [lanes, 2].
@@ -48,15 +48,16 @@ class Inputs(NamedTuple):
     is_augmented: A scalar.
   """
 
-  values: jax.Array
-  keys: jax.Array
-  labels: jax.Array
-  images: jax.Array
-  num_steps: jax.Array
-  is_augmented: jax.Array
+  values: Any
+  keys: Any
+  labels: Any
+  images: Any
+  num_steps: Any
+  is_augmented: Any
 
 
-LANES = Inputs(0, 0, 0, None, None, None)  # pyright: ignore
+# What is mapped over lanes.
+LANES = Inputs(0, 0, 0, None, None, None)
 
 
 def map_lanes(function: Callable[..., Any], lanes: int, in_axes, out_axes):

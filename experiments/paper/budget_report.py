@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 import numpy as np
 
+from experiments import data
 from experiments.report import reporting
 
 NUM_BINS = 15
@@ -25,9 +26,9 @@ COLORS = (
 MARKERS = 'osv^DPX<>h*pd8'
 
 
-def measure(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def measure(logits: np.ndarray, labels: data.Array) -> dict[str, float]:
   """Accuracy, loss and calibration error of logits [n, classes]."""
-  log_p = logits.astype(np.float64)
+  log_p, labels = logits.astype(np.float64), np.asarray(labels)
   log_p -= log_p.max(axis=1, keepdims=True)
   log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
   is_right = log_p.argmax(axis=1) == labels

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import chex
 from flax import linen as nn
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -17,7 +18,7 @@ from experiments.models import vit
 # From the number of steps and a weight decay to an optimizer; both may be
 # traced.
 MakeTx = Callable[
-  [chex.Numeric, chex.Numeric], optax.GradientTransformationExtraArgs
+  [chex.Numeric, float | jax.Array], optax.GradientTransformationExtraArgs
 ]
 
 
@@ -27,7 +28,7 @@ def cosine(lr: float, num_steps: chex.Numeric) -> optax.Schedule:
 
 
 def adamw(
-  num_steps: chex.Numeric, weight_decay: chex.Numeric
+  num_steps: chex.Numeric, weight_decay: float | jax.Array
 ) -> optax.GradientTransformationExtraArgs:
   """AdamW with clipping."""
   return optax.chain(
@@ -37,7 +38,7 @@ def adamw(
 
 
 def sgd(
-  num_steps: chex.Numeric, weight_decay: chex.Numeric
+  num_steps: chex.Numeric, weight_decay: float | jax.Array
 ) -> optax.GradientTransformationExtraArgs:
   """SGD with momentum, that of the comparisons of the CNN."""
   return optax.chain(

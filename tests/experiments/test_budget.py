@@ -19,6 +19,7 @@ from experiments.paper import budget_methods
 from experiments.paper import budget_report
 from experiments.paper import budget_tasks
 from experiments.paper import budget_training
+import optax_asam
 from optax_asam import asam
 from tests.helpers.support import error
 
@@ -92,7 +93,9 @@ def train_by_hand(method, seed, rho):
     'quarter': lambda: asam(base_tx, rho),
     'every_5': lambda: asam(base_tx, rho, every_k=5),
     'late_20': lambda: asam(base_tx, rho, when=lambda step: step >= 6.4),
+    'momentum_asam': lambda: optax_asam.momentum_asam(base_tx, rho=rho),
   }[method]()
+  takes_grad_fn = method != 'momentum_asam'
   state = tx.init(params)
 
   @jax.jit
@@ -105,7 +108,8 @@ def train_by_hand(method, seed, rho):
       )(params)
 
     grads = grad_fn(params, BATCH // 4 if method == 'quarter' else BATCH)
-    updates, state = tx.update(grads, state, params, grad_fn=grad_fn)
+    extra = {'grad_fn': grad_fn} if takes_grad_fn else {}
+    updates, state = tx.update(grads, state, params, **extra)
     return optax.apply_updates(params, updates), state
 
   rng = np.random.default_rng(seed)
@@ -116,10 +120,12 @@ def train_by_hand(method, seed, rho):
     )
     y = labels[batch]
     params, state = step(params, state, DATASET.preprocess(x), y)
-  return params
+  return params if takes_grad_fn else optax_asam.eval_params(state, params)
 
 
-@pytest.mark.parametrize('method', ['asam', 'quarter', 'every_5', 'late_20'])
+@pytest.mark.parametrize(
+  'method', ['asam', 'quarter', 'every_5', 'late_20', 'momentum_asam']
+)
 def test_lanes(method):
   """Lanes, on their own or together, are runs of a loop in Python."""
   lanes = [
@@ -299,6 +305,8 @@ def test_program(tmp_path, monkeypatch, capsys):
   for method in found.values():
     assert [run['seed'] for run in method['runs']] == [0, 1]
     assert all(0 <= run['test_accuracy'] <= 1 for run in method['runs'])
+    # The choice does not depend on the test data.
+    assert not any('test' in key for run in method['search'] for key in run)
   assert (tmp_path / 'budget.png').exists()
   (table,) = budget_report.tables(results).values()
   assert table in capsys.readouterr().out
