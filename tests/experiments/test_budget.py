@@ -247,8 +247,8 @@ def test_vit(x64):
 def test_calibration_error():
   """By hand: bins (6/15, 7/15], (11/15, 12/15] and the last one."""
   confidence = np.array([0.45, 0.46, 0.8, 0.75, 1.0])
-  is_right = np.array([True, False, True, True, False])
-  by_hand = (abs(1 - 0.91) + abs(2 - 1.55) + abs(0 - 1)) / 5
+  is_right = np.array([True, False, False, True, False])
+  by_hand = (abs(1 - 0.91) + abs(1 - 1.55) + abs(0 - 1)) / 5
   found = budget_report.calibration_error(confidence, is_right)
   assert found == pytest.approx(by_hand, rel=1e-12)
   logits = np.log([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]]) + 7
