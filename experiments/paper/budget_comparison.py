@@ -136,5 +136,15 @@ class Comparison:
       self.write()
 
   def write(self) -> None:
-    """Writes the results so far."""
+    """Writes the results so far, in the order of tasks and methods."""
+    by_task = self.results['tasks']
+    self.results['tasks'] = {
+      name: by_task[name] for name in budget_tasks.TASKS if name in by_task
+    }
+    for task in self.results['tasks'].values():
+      task['methods'] = {
+        name: task['methods'][name]
+        for name in budget_methods.METHODS
+        if name in task['methods']
+      }
     records.write_json(self._path, self.results)
