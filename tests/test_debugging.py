@@ -106,7 +106,7 @@ def test_momentum_asam(momentum):
     return optax.apply_updates(params, updates), state
 
   params, state = step(*step(params, jax.jit(tx.init)(params)))
-  assert all(e.any() for e in jax.tree.leaves(state.perturbation))
+  assert any(e.any() for e in jax.tree.leaves(state.perturbation))
 
 
 def test_gradient_of_zero():
