@@ -13,6 +13,7 @@ import optax
 import optax_asam
 from optax_asam import asam
 from optax_asam import looksam
+from optax_asam import momentum_asam
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / 'docs'
@@ -21,6 +22,7 @@ NAMESPACE = {
   'jax': jax,
   'jnp': jnp,
   'looksam': looksam,
+  'momentum_asam': momentum_asam,
   'optax': optax,
   'optax_asam': optax_asam,
 }
