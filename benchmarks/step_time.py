@@ -16,6 +16,7 @@ import concurrent.futures
 import contextlib
 import functools
 import json
+import math
 import os
 from pathlib import Path
 import platform
@@ -78,7 +79,7 @@ def build(
   step: steps.Step, carry: steps.Carry, batch: Any, rounds: int = 1
 ) -> Program:
   """Traces and compiles a step; of several rounds, the fastest counts."""
-  traced, took = [], []
+  made = []
   for _ in range(rounds):
     start = time.perf_counter()
     # A new function, because JAX keeps what it has traced.
@@ -86,9 +87,12 @@ def build(
     lowered = jax.jit(function, donate_argnums=0).lower(carry, batch)
     middle = time.perf_counter()
     call = lowered.compile()
-    traced.append(middle - start)
-    took.append(time.perf_counter() - middle)
-  return Program(call, min(traced), min(took))
+    made.append(Program(call, middle - start, time.perf_counter() - middle))
+  return Program(
+    made[-1].call,
+    min(each.trace_seconds for each in made),
+    min(each.compile_seconds for each in made),
+  )
 
 
 def shapes_of(method: steps.Method) -> steps.Carry:
@@ -148,6 +152,7 @@ def measure(
   *,
   methods: Sequence[str],
   seconds: float,
+  compile_seconds: float = math.inf,
   jobs: int = 1,
   compile_rounds: int = 1,
   **timing_options: Any,
@@ -159,6 +164,7 @@ def measure(
     device: 'cpu' or 'gpu', for the size of the batch.
     methods: Names; the base is always there.
     seconds: The time for everything; at least a few rounds are timed.
+    compile_seconds: The time after which no compilation is started.
     jobs: The number of threads that compile. With several, the times of
       tracing and compiling say nothing, so they are left out.
     compile_rounds: How often each program is compiled.
@@ -172,7 +178,14 @@ def measure(
     if method in steps.METHODS:
       with reporting(f'{name}, {method}'):
         made[method] = steps.METHODS[method](model, base_tx)
-  programs = compile_all(made, model.batch, jobs, compile_rounds, name)
+  programs = compile_all(
+    made,
+    model.batch,
+    name,
+    jobs=jobs,
+    rounds=compile_rounds,
+    end=start + compile_seconds,
+  )
   base_program = programs[made['base'].cycle[0]]
   runners = {}
   for method, each in made.items():
@@ -207,9 +220,11 @@ def measure(
 def compile_all(
   made: Mapping[str, steps.Method],
   batch: Any,
+  name: str,
+  *,
   jobs: int,
   rounds: int,
-  name: str,
+  end: float,
 ) -> dict[steps.Step, Program]:
   """The programs of all methods; what fails is reported and left out."""
   todo = [
@@ -221,6 +236,8 @@ def compile_all(
 
   def compile_one(method, step, carry):
     with reporting(f'{name}, {method}'):
+      if time.monotonic() > end:
+        raise TimeoutError('no time is left to compile it')
       programs[step] = build(step, carry, batch, rounds)
 
   # The base comes first and alone: later programs reuse what XLA has tuned for
@@ -314,8 +331,7 @@ def main(argv: Sequence[str]) -> None:
     return
   end = time.monotonic() + 60 * args.minutes
   os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'
-  if args.device == 'cpu':
-    jax.config.update('jax_platforms', 'cpu')
+  jax.config.update('jax_platforms', {'cpu': 'cpu', 'gpu': 'cuda'}[args.device])
   args.out.mkdir(parents=True, exist_ok=True)
   known = records.provenance(
     'benchmarks.step_time', argv, (*records.PACKAGES, 'flax')
@@ -367,6 +383,7 @@ def main(argv: Sequence[str]) -> None:
           args.device,
           methods=args.methods,
           seconds=left / (len(args.models) - i),
+          compile_seconds=0.4 * left,
           jobs=args.jobs or (8 if args.device == 'gpu' else 1),
           compile_rounds=args.compile_rounds,
           min_rounds=args.min_rounds,

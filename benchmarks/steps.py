@@ -150,7 +150,7 @@ def by_hand(
 ) -> optax.GradientTransformationExtraArgs:
   """A transformation with the gradient at what a function perturbs to."""
 
-  def update_fn(updates, state, params=None, *, grad_fn):
+  def update_fn(updates, state, params: Any = None, *, grad_fn: Any = None):
     perturbed_params = perturb(params, updates)
     return base_tx.update(grad_fn(perturbed_params), state, params)
 
@@ -197,7 +197,7 @@ def _contrib_sam(model, base_tx):
   adv_tx = optax.chain(optax.contrib.normalize(), optax.sgd(SAM_RHO))
   tx = optax.contrib.sam(base_tx, adv_tx, opaque_mode=True)
 
-  def update_fn(updates, state, params=None, *, grad_fn):
+  def update_fn(updates, state, params=None, *, grad_fn: Any = None):
     # It passes the number of the ascent step, too.
     grad_fn_of_step = lambda params, i: grad_fn(params)
     return tx.update(updates, state, params, grad_fn=grad_fn_of_step)
