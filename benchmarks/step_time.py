@@ -1,4 +1,4 @@
-"""Times the train steps of this library and its peers, and compares programs.
+"""Times the train steps of this library and of others, and their compilation.
 
   python -m benchmarks.step_time --out out/step_time
   python -m benchmarks.step_time --report
@@ -331,6 +331,7 @@ def main(argv: Sequence[str]) -> None:
     return
   end = time.monotonic() + 60 * args.minutes
   os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'
+  jax.config.update('jax_enable_compilation_cache', False)
   jax.config.update('jax_platforms', {'cpu': 'cpu', 'gpu': 'cuda'}[args.device])
   args.out.mkdir(parents=True, exist_ok=True)
   known = records.provenance(
