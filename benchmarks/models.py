@@ -167,7 +167,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
   'WRN-16-4': lambda: resnet.WideResNet(10, depth=16, widening=4),
   'MLP': lambda: models.MLP(10, hidden_sizes=(1024, 1024, 1024)),
   '300 layers': Deep,
-  'tiny': lambda: resnet.WideResNet(10, depth=10, widening=1),
+  'tiny': lambda: models.CNN(10, (4,), 8, batch_norm=True),
 }
 
 
@@ -179,7 +179,11 @@ def make(name: str, device: str) -> Model:
     'inputs': jax.ShapeDtypeStruct(workload.inputs[device], dtype),
     'labels': jax.ShapeDtypeStruct(workload.labels(device), jnp.int32),
   }
-  module = MODULES[name]()
+  return from_module(MODULES[name](), batch)
+
+
+def from_module(module: nn.Module, batch: PyTree) -> Model:
+  """A model from a module that maps ``batch['inputs']`` to logits."""
   key = jax.eval_shape(lambda: jax.random.key(0))
   variables = dict(jax.eval_shape(module.init, key, batch['inputs']))
   return Model(

@@ -95,13 +95,6 @@ def build(
   )
 
 
-def shapes_of(method: steps.Method) -> steps.Carry:
-  """The carry of a method, as shapes."""
-  model = method.model
-  opt_state = jax.eval_shape(method.init, model.params)
-  return steps.Carry(model.params, opt_state, model.model_state)
-
-
 def runner_of(
   method: steps.Method, programs: Mapping[steps.Step, Program], batch: Any
 ) -> timing.Runner:
@@ -228,7 +221,7 @@ def compile_all(
 ) -> dict[steps.Step, Program]:
   """The programs of all methods; what fails is reported and left out."""
   todo = [
-    (method, step, shapes_of(each))
+    (method, step, each.carry)
     for method, each in made.items()
     for step in each.programs
   ]

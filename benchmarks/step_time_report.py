@@ -94,9 +94,9 @@ def tables(name: str, results: Mapping[str, Any]) -> str:
 
 def page(text: str, recorded: Mapping[str, Mapping[str, Any]]) -> str:
   """A page with its tables made again between the markers."""
-  made = '\n\n'.join(tables(*item) for item in recorded.items())
+  made = ''.join(f'{tables(*item)}\n\n' for item in recorded.items())
   return re.sub(
-    r'(<!-- step_time -->\n\n).*?(\n\n<!-- end -->)',
+    '(<!-- step_time -->\n\n).*?(<!-- end -->)',
     lambda found: found[1] + made + found[2],
     text,
     flags=re.DOTALL,

@@ -62,6 +62,12 @@ class Method(NamedTuple):
   cycle: Sequence[Step]
 
   @property
+  def carry(self) -> Carry:
+    """The shapes of what a step takes."""
+    opt_state = jax.eval_shape(self.init, self.model.params)
+    return Carry(self.model.params, opt_state, self.model.model_state)
+
+  @property
   def programs(self) -> list[Step]:
     """The different steps of the cycle."""
     return list(dict.fromkeys(self.cycle))
@@ -110,37 +116,55 @@ def sharp_step(
   return step
 
 
-def inlined_asam(
-  params: optax.Params, grads: optax.Updates, selected: Any = None
-) -> optax.Params:
-  """The perturbed parameters of ASAM as a paper's reader would inline them.
+def sharp(
+  model: models.Model,
+  tx: optax.GradientTransformationExtraArgs,
+  *,
+  period: int = 1,
+  **kwargs: Any,
+) -> Method:
+  """A transformation that takes a second gradient, as a way to train.
 
-  For p = 2, element-wise and with biases excepted, without any guard against
-  gradients that are zero or not finite.
+  Args:
+    model: What is trained.
+    tx: The transformation.
+    period: The number of steps after which its costs repeat.
+    kwargs: For :func:`sharp_step`.
+  """
+  step = sharp_step(model.loss_fn, tx, **kwargs)
+  return Method(model, tx.init, [step] * period)
+
+
+def inlined_asam(
+  params: optax.Params,
+  grads: optax.Updates,
+  *,
+  normalized: Callable[[optax.Params], Any] = normalization.not_bias,
+  selected: Callable[[optax.Params], Any] | None = None,
+) -> optax.Params:
+  """The perturbed parameters of ASAM for p = 2, as one would inline them.
+
+  There is no guard against gradients that are zero or not finite.
 
   Args:
     params: The parameters.
     grads: The gradient at them.
-    selected: A tree of bools that selects what is perturbed; all by default.
+    normalized: Which leaves have T = abs(w) + eta.
+    selected: Which leaves are perturbed; all by default.
   """
-  normalized = normalization.not_bias(params)
-  selected = selected or jax.tree.map(lambda w: True, params)
-  scale = lambda is_normalized, w, x: (
-    (jnp.abs(w) + ETA) * x if is_normalized else x
-  )
-  scaled = jax.tree.map(scale, normalized, params, grads)
-  squares = jax.tree.map(
-    lambda used, x: jnp.sum(x * x) if used else 0, selected, scaled
-  )
-  factor = RHO / jnp.sqrt(sum(jax.tree.leaves(squares)))
-  return jax.tree.map(
-    lambda used, is_normalized, w, x: (
-      w + factor * scale(is_normalized, w, x) if used else w
-    ),
-    selected,
-    normalized,
-    params,
-    scaled,
+  leaves = jax.tree.leaves
+  mask = selected(params) if selected else jax.tree.map(lambda w: True, params)
+  ws, treedef = jax.tree.flatten(params)
+  ts = [
+    jnp.abs(w) + ETA if is_normalized else 1
+    for w, is_normalized in zip(ws, leaves(normalized(params)), strict=True)
+  ]
+  scaled = [t * g for t, g in zip(ts, leaves(grads), strict=True)]
+  chosen = [x for x, used in zip(scaled, leaves(mask), strict=True) if used]
+  factor = RHO / jnp.sqrt(sum(jnp.sum(x * x) for x in chosen))
+  return treedef.unflatten(
+    w + factor * (t * x) if used else w
+    for w, t, x, used in zip(ws, ts, scaled, leaves(mask), strict=True)
   )
 
 
@@ -182,11 +206,6 @@ def _grad_fn(loss_fn, model_state, batch):
   return lambda params: grad_fn(params, model_state, batch)[0]
 
 
-def _sharp(model, tx, *, period=1, **kwargs):
-  step = sharp_step(model.loss_fn, tx, **kwargs)
-  return Method(model, tx.init, [step] * period)
-
-
 def _base(model, base_tx, gradients=1):
   step = plain_step(model.loss_fn, base_tx, gradients)
   return Method(model, base_tx.init, [step])
@@ -202,9 +221,7 @@ def _contrib_sam(model, base_tx):
     grad_fn_of_step = lambda params, i: grad_fn(params)
     return tx.update(updates, state, params, grad_fn=grad_fn_of_step)
 
-  return _sharp(
-    model, optax.GradientTransformationExtraArgs(tx.init, update_fn)
-  )
+  return sharp(model, optax.GradientTransformationExtraArgs(tx.init, update_fn))
 
 
 def _value_and_grad(model, base_tx):
@@ -267,21 +284,21 @@ METHODS: dict[
 ] = {
   'base': _base,
   'two_gradients': functools.partial(_base, gradients=2),
-  'inlined_asam': lambda model, tx: _sharp(model, by_hand(inlined_asam, tx)),
+  'inlined_asam': lambda model, tx: sharp(model, by_hand(inlined_asam, tx)),
   'contrib_sam': _contrib_sam,
-  'sam': lambda model, tx: _sharp(model, optax_asam.sam(tx, SAM_RHO)),
-  'asam': lambda model, tx: _sharp(model, optax_asam.asam(tx, RHO, ETA)),
+  'sam': lambda model, tx: sharp(model, optax_asam.sam(tx, SAM_RHO)),
+  'asam': lambda model, tx: sharp(model, optax_asam.asam(tx, RHO, ETA)),
   'value_and_grad': _value_and_grad,
   'nnx_value_and_grad': _nnx_value_and_grad,
   'every_5': _every_5,
-  'quarter_batch_ascent': lambda model, tx: _sharp(
+  'quarter_batch_ascent': lambda model, tx: sharp(
     model, optax_asam.asam(tx, RHO, ETA), ascent_batch=_quarter
   ),
 }
 if hasattr(optax_asam, 'momentum_asam'):
   METHODS['momentum_asam'] = _momentum_asam
 if hasattr(optax_asam, 'looksam'):
-  METHODS['looksam_5'] = lambda model, tx: _sharp(
+  METHODS['looksam_5'] = lambda model, tx: sharp(
     model, optax_asam.looksam(tx, RHO, ETA, every_k=5), period=5
   )
 

@@ -207,7 +207,6 @@ NETWORKS: dict[str, Callable[[tuple[int, ...]], nn.Module]] = {
   'WRN-16-4': lambda shape: wide_network(2, 4),
   'MLP': lambda shape: perceptron(),
   '300 layers': lambda shape: Deep(),
-  'tiny': lambda shape: wide_network(1, 1),
 }
 
 
