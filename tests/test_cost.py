@@ -166,11 +166,12 @@ FAST = {'asam', 'sam', 'nnx', 'one layer', 'every_k', 'asam-inf', 'asam-3'}
 FAST_ON_MESH = {'asam', 'every_k'}
 
 
-def cases(fast):
+def cases(fast, left_out=()):
   """The names of the cases; all but some are marked as slow."""
   return [
     pytest.param(name, marks=[] if name in fast else [pytest.mark.slow])
     for name in CASES
+    if name not in left_out
   ]
 
 
@@ -241,7 +242,11 @@ def test_cost(name):
 
 
 @pytest.mark.skipif(not SHARDY, reason='the old partitioner divides otherwise')
-@pytest.mark.parametrize('name', cases(FAST_ON_MESH))
+@pytest.mark.parametrize(
+  'name',
+  # A part of a batch must be distributed again; three gradients are not two.
+  cases(FAST_ON_MESH, left_out=('quarter_batch_ascent', 'ascent_steps')),
+)
 def test_collectives(name):
   """On sharded parameters, nothing but scalars in addition."""
   case = CASES[name]
@@ -252,7 +257,7 @@ def test_collectives(name):
     for make in (case.make, BY_HAND[like])
   )
   added = compiled.added(found, reference)
-  if name == 'ascent_steps':
-    return
-  assert all(each.kind == 'all-reduce' for each in added), added
-  assert sum(each.bytes for each in added) <= 4 * 2 * 8, added
+  more = [each for each in added if each.bytes > 0]
+  assert {each.kind for each in more} <= {'all-reduce'}, added
+  # Four bytes for each array.
+  assert sum(each.bytes for each in more) <= 4 * 8, added
