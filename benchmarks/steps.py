@@ -135,6 +135,22 @@ def sharp(
   return Method(model, tx.init, [step] * period)
 
 
+def estimator(
+  model: models.Model,
+  base_tx: optax.GradientTransformation,
+  value_and_grad_fn: Callable[..., Any],
+) -> Method:
+  """A replacement of ``jax.value_and_grad``, as a way to train."""
+
+  def step(carry, batch):
+    (_, model_state), grads = value_and_grad_fn(
+      carry.params, carry.model_state, batch
+    )
+    return _descend(base_tx, carry, grads, model_state)
+
+  return Method(model, base_tx.init, [step])
+
+
 def inlined_asam(
   params: optax.Params,
   grads: optax.Updates,
@@ -225,17 +241,11 @@ def _contrib_sam(model, base_tx):
 
 
 def _value_and_grad(model, base_tx):
-  value_and_grad_fn = optax_asam.value_and_grad(
-    model.loss_fn, has_aux=True, rho=RHO, eta=ETA
+  return estimator(
+    model,
+    base_tx,
+    optax_asam.value_and_grad(model.loss_fn, has_aux=True, rho=RHO, eta=ETA),
   )
-
-  def step(carry, batch):
-    (_, model_state), grads = value_and_grad_fn(
-      carry.params, carry.model_state, batch
-    )
-    return _descend(base_tx, carry, grads, model_state)
-
-  return Method(model, base_tx.init, [step])
 
 
 def _nnx_value_and_grad(model, base_tx):
@@ -290,13 +300,12 @@ METHODS: dict[
   'asam': lambda model, tx: sharp(model, optax_asam.asam(tx, RHO, ETA)),
   'value_and_grad': _value_and_grad,
   'nnx_value_and_grad': _nnx_value_and_grad,
+  'momentum_asam': _momentum_asam,
   'every_5': _every_5,
   'quarter_batch_ascent': lambda model, tx: sharp(
     model, optax_asam.asam(tx, RHO, ETA), ascent_batch=_quarter
   ),
 }
-if hasattr(optax_asam, 'momentum_asam'):
-  METHODS['momentum_asam'] = _momentum_asam
 if hasattr(optax_asam, 'looksam'):
   METHODS['looksam_5'] = lambda model, tx: sharp(
     model, optax_asam.looksam(tx, RHO, ETA, every_k=5), period=5

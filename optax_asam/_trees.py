@@ -28,6 +28,32 @@ def widen(x: Any) -> jax.Array:
   return jnp.asarray(x, accumulator_dtype(x))
 
 
+def finite_ema(
+  decay: jax.typing.ArrayLike, average: PyTree, grads: optax.Updates
+) -> PyTree:
+  """``decay * average + (1 - decay) * grads``, if all of ``grads`` is finite.
+
+  Otherwise ``average``, which is a tree of at least float32. Leaves that it
+  masks out stay so.
+  """
+  grads = jax.tree.map(
+    lambda m, g: m if _checks.is_masked(m) else widen(g),
+    average,
+    grads,
+    is_leaf=_checks.is_masked,
+  )
+  finite = [jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]
+  # XLA would copy the conjunction over all leaves to each of them, but not a
+  # root: programs would grow with the square of their number.
+  is_finite = jnp.sqrt(sum(1.0 - f.astype(jnp.float32) for f in finite)) == 0
+
+  def leaf(m, g):
+    decay_ = jnp.asarray(decay, m.dtype)
+    return jnp.where(is_finite, decay_ * m + (1 - decay_) * g, m)
+
+  return jax.tree.map(leaf, average, grads)
+
+
 def fill_masked(tree: PyTree, params: optax.Params) -> PyTree:
   """``tree`` with zeros, like those of ``params``, at leaves masked out."""
   return jax.tree.map(

@@ -233,6 +233,15 @@ def check(name: str, value: Any) -> None:
   _checks.check_normalization(name, value, factories)
 
 
+def of(eta: chex.Numeric, adaptive: bool | Normalization) -> Normalization:
+  """The normalization that two arguments of :func:`optax_asam.asam` mean."""
+  _checks.check_scale('eta', eta, '0.01')
+  if isinstance(adaptive, bool):
+    return elementwise(eta) if adaptive else identity()
+  check('adaptive', adaptive)
+  return adaptive
+
+
 def _masked(operator, eta, mask) -> Normalization:
   """``operator(w) + eta`` at the leaves that ``mask`` selects, 1 elsewhere."""
   _checks.check_scale('eta', eta, '0.01')

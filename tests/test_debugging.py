@@ -7,6 +7,7 @@ import pytest
 
 import optax_asam
 from optax_asam import asam
+from optax_asam import momentum_asam
 from optax_asam import normalization
 from optax_asam import sam
 from optax_asam import sharpness
@@ -83,6 +84,24 @@ def test_update(name, jit):
   dtypes = lambda tree: jax.tree.map(lambda w: w.dtype, tree)
   assert dtypes(updates) == dtypes(PARAMS)
   assert state[0].perturbed_value > 0
+
+
+@pytest.mark.parametrize('momentum', [None, 0.9])
+def test_momentum_asam(momentum):
+  """Two steps, of which the second removes a perturbation."""
+  base_tx = SGD if momentum else optax.sgd(0.1, momentum=0.9)
+  params = PARAMS
+  if momentum is None:  # Optax's arithmetic
+    params = {name: leaves['bfloat16'] for name, leaves in PARAMS.items()}
+  tx = momentum_asam(base_tx, 0.1, momentum=momentum)
+
+  @jax.jit
+  def step(params, state):
+    updates, state = tx.update(jax.grad(loss_fn)(params), state, params)
+    return optax.apply_updates(params, updates), state
+
+  params, state = step(*step(params, jax.jit(tx.init)(params)))
+  assert all(e.any() for e in jax.tree.leaves(state.perturbation))
 
 
 def test_gradient_of_zero():

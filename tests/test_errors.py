@@ -202,6 +202,20 @@ TYPE_ERRORS = [
         'rho & schedule & rho=schedule(step)',
       ),
       (functools.partial(factory, 0.5), 'fun & 0.5 & value_and_grad(loss_fn'),
+      *[
+        (
+          lambda factory=factory, fun=fun, has_aux=has_aux: factory(
+            loss_fn, has_aux=has_aux, ascent_fun=fun
+          )(PARAMS),
+          f'ascent_fun & {got} & ascent_fun=lambda params, batch: loss_fn(',
+        )
+        for fun, has_aux, got in [
+          (PARAMS, False, 'kernel'),
+          (loss_fn, True, 'float32'),
+          (lambda p: (loss_fn(p), 1), False, 'tuple of length 2'),
+          (lambda p: p['dense']['bias'], False, '(3,)'),
+        ]
+      ],
     ]
   ],
 ]

@@ -26,12 +26,19 @@ SIGNATURES = {
   ),
   optax_asam.value_and_grad: (
     '(fun, argnums=0, has_aux=False, *, rho=0.5, eta=0.01, adaptive=True,'
-    ' ord=2, mask=None, ascent_steps=1, descent=None, perturbed_dtype=None)'
+    ' ord=2, mask=None, ascent_steps=1, descent=None, perturbed_dtype=None,'
+    ' ascent_fun=None)'
   ),
   optax_asam.grad: (
     '(fun, argnums=0, has_aux=False, *, rho=0.5, eta=0.01, adaptive=True,'
-    ' ord=2, mask=None, ascent_steps=1, descent=None, perturbed_dtype=None)'
+    ' ord=2, mask=None, ascent_steps=1, descent=None, perturbed_dtype=None,'
+    ' ascent_fun=None)'
   ),
+  optax_asam.momentum_asam: (
+    '(base_tx, rho=1.0, eta=0.01, adaptive=True, *, ord=2, mask=None,'
+    ' momentum=None)'
+  ),
+  optax_asam.eval_params: '(opt_state, params)',
   ascent.steepest_ascent: '(normalization, *, ord=2, mask=None)',
   ascent.rho_ball: '(rho, eta, adaptive, *, ord=2, mask=None)',
   ascent.friendly: '(sigma=1.0, decay=0.9)',
@@ -69,7 +76,8 @@ def test_names():
     if not isinstance(getattr(optax_asam, name), types.ModuleType)
   }
   functions = {f for f in SIGNATURES if exported.get(f.__name__) is f}
-  assert set(exported.values()) == functions | {optax_asam.SharpnessAwareState}
+  states = {optax_asam.SharpnessAwareState, optax_asam.MomentumASAMState}
+  assert set(exported.values()) == functions | states
   assert optax_asam.SharpnessAwareState._fields == (
     'step',
     'perturbed_value',

@@ -349,6 +349,24 @@ def test_microbatch(row):
   assert_close(updates, -0.1 * MICROBATCHED[row])
 
 
+@pytest.mark.parametrize(
+  'row', ['part of the batch', 'part of the batch, with every_k']
+)
+def test_part_of_the_batch(row):
+  """Two updates: the second one is skipped if every_k is 2."""
+  skips = row.endswith('every_k')
+  tx = piece(row)['tx'] if skips else asam(SGD)
+  params = as_tree(W)
+  names = {'tx': tx, 'params': params, 'state': tx.init(params)}
+  part = [array[::4] for array in WHOLE_BATCH]
+  part_grad = clean_grad(W, part)
+  sharp = sharp_grad(W, WHOLE_BATCH, part_grad)
+  for expected in (sharp, part_grad if skips else sharp):
+    batch = jax.tree.map(jnp.asarray, WHOLE_BATCH)
+    names = piece('part of the batch', **{**names, 'batch': batch})
+    assert_close(names['updates'], -0.1 * expected)
+
+
 def test_scan():
   """The gradient of the whole batch, without Optax's micro-batches."""
   micro_batches = jax.tree.map(lambda *arrays: jnp.stack(arrays), *BATCHES)
@@ -557,6 +575,7 @@ ROWS = {
   *('apply_if_finite, inside', 'apply_if_finite, around'),
   *('skip_not_finite, inside', 'skip_not_finite, around'),
   *('schedule_free, inside', 'inject_hyperparams, around', *LINE_SEARCHES),
+  *('part of the batch', 'part of the batch, with every_k'),
 }
 OTHERS = {
   *('schedule_free', 'scan', 'value_fn', 'state'),
