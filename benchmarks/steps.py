@@ -308,7 +308,9 @@ METHODS: dict[
 }
 if hasattr(optax_asam, 'looksam'):
   METHODS['looksam_5'] = lambda model, tx: sharp(
-    model, optax_asam.looksam(tx, RHO, ETA, every_k=5), period=5
+    model,
+    optax_asam.looksam(tx, RHO, ETA, every_k=5),  # pyright: ignore
+    period=5,
   )
 
 

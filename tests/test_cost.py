@@ -158,7 +158,7 @@ CASES = {
     forward=1,
     like='base',
     instructions=1.5,
-    passes=2.2,
+    passes=2.4,
     bytes=1.75,
     temporaries=1.5,
   ),
@@ -282,7 +282,10 @@ def test_cost(name):
 @pytest.mark.parametrize(
   'name',
   # A part of a batch must be distributed again; three gradients are not two.
-  cases(FAST_ON_MESH, left_out=('quarter_batch_ascent', 'ascent_steps')),
+  cases(
+    FAST_ON_MESH,
+    left_out=('quarter_batch_ascent', 'ascent_fun', 'ascent_steps'),
+  ),
 )
 def test_collectives(name):
   """On sharded parameters, nothing but scalars in addition."""
@@ -296,8 +299,8 @@ def test_collectives(name):
   added = compiled.added(found, reference)
   more = [each for each in added if each.bytes > 0]
   assert {each.kind for each in more} <= {'all-reduce'}, added
-  # Four bytes for each array.
-  assert sum(each.bytes for each in more) <= 4 * 8, added
+  # Two scalars for each array.
+  assert sum(each.bytes for each in more) <= 2 * 4 * 8, added
 
 
 @pytest.mark.parametrize(
