@@ -305,13 +305,10 @@ METHODS: dict[
   'quarter_batch_ascent': lambda model, tx: sharp(
     model, optax_asam.asam(tx, RHO, ETA), ascent_batch=_quarter
   ),
+  'looksam_5': lambda model, tx: sharp(
+    model, optax_asam.looksam(tx, RHO, ETA, every_k=5), period=5
+  ),
 }
-if hasattr(optax_asam, 'looksam'):
-  METHODS['looksam_5'] = lambda model, tx: sharp(
-    model,
-    optax_asam.looksam(tx, RHO, ETA, every_k=5),  # pyright: ignore
-    period=5,
-  )
 
 
 class Steps(NamedTuple):

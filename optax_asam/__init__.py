@@ -8,6 +8,8 @@ from optax_asam.alias import asam
 from optax_asam.alias import sam
 from optax_asam.autodiff import grad
 from optax_asam.autodiff import value_and_grad
+from optax_asam.looksam import LookSAMState
+from optax_asam.looksam import looksam
 from optax_asam.momentum import MomentumASAMState
 from optax_asam.momentum import eval_params
 from optax_asam.momentum import momentum_asam
@@ -17,6 +19,7 @@ from optax_asam.transform import sharpness_aware
 __version__ = '0.1.0'
 
 __all__ = (
+  'LookSAMState',
   'MomentumASAMState',
   'SharpnessAwareState',
   'asam',
@@ -24,6 +27,7 @@ __all__ = (
   'descent',
   'eval_params',
   'grad',
+  'looksam',
   'momentum_asam',
   'normalization',
   'sam',

@@ -7,6 +7,7 @@ with what to write instead.
 from collections.abc import Callable
 import functools
 import math
+import reprlib
 import sys
 from typing import Any
 from typing import ParamSpec
@@ -390,8 +391,10 @@ def check_selects_something(mask: Any) -> None:
     isinstance(leaf, (bool, np.bool_)) and not leaf for leaf in leaves
   ):
     raise ValueError(
-      f'mask selects nothing: {mask!r} is False everywhere. Use mask=None to'
-      f' select all leaves, or omit the transformation.'
+      f'mask selects nothing: {reprlib.repr(mask)} is False everywhere. Use'
+      f' mask=None to select all leaves, or omit the transformation. If'
+      f' normalization.normalization_layers made it, no layer of params has a'
+      f' name that it knows: mask=lambda params: ...'
     )
 
 

@@ -120,15 +120,15 @@ def reduce(h: Arrays, p: float) -> tuple[jax.Array, ...]:
     return ()
   tiny = float(jnp.finfo(h[0].dtype).tiny)
   if p == 2:
-    return _guarded_root(_sum(x * x for x in h), tiny)
+    return guarded_root(_sum(x * x for x in h), tiny)
   peak = jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in h]).max()
   peak = jax.lax.stop_gradient(peak)
   if p == math.inf:
-    return _guarded_root(jnp.isfinite(peak).astype(peak.dtype), tiny)
+    return guarded_root(jnp.isfinite(peak).astype(peak.dtype), tiny)
   # |h|^q overflows and underflows early, so h is divided by about its largest
   # magnitude. That cancels, so the derivative may ignore it. XLA copies neither
-  # scalar, as in `_guarded_root`; it would simplify root * root.
-  root, usable = _guarded_root(peak, 2 * tiny)
+  # scalar, as in `guarded_root`; it would simplify root * root.
+  root, usable = guarded_root(peak, 2 * tiny)
   exponent = jnp.ceil(128 * jnp.log2(jnp.where(usable, root, 1))) / 64
   scale = jnp.exp2(exponent)
   total = _sum(_power(jnp.abs(x) / scale, p / (p - 1)) for x in h)
@@ -168,7 +168,7 @@ def _sum(arrays: Iterable[jax.Array]) -> jax.Array:
   return functools.reduce(operator.add, map(jnp.sum, arrays))
 
 
-def _guarded_root(x: jax.Array, tiny: float) -> tuple[jax.Array, jax.Array]:
+def guarded_root(x: jax.Array, tiny: float) -> tuple[jax.Array, jax.Array]:
   """The root of a scalar, and whether the scalar is in (tiny, max / 8).
 
   The guard is inside the root, whose derivative at zero is infinite, and

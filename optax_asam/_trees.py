@@ -1,4 +1,4 @@
-"""Masks, dtypes and paths of parameter trees."""
+"""Masks, dtypes and inner products of parameter trees."""
 
 from collections.abc import Callable
 from typing import Any
@@ -52,6 +52,19 @@ def finite_ema(
     return jnp.where(is_finite, decay_ * m + (1 - decay_) * g, m)
 
   return jax.tree.map(leaf, average, grads)
+
+
+def dot(a: PyTree, b: PyTree) -> jax.Array:
+  """The inner product of two trees, in at least float32.
+
+  ``optax.tree.vdot`` accumulates bfloat16 in bfloat16.
+  """
+  dtype = accumulator_dtype(*jax.tree.leaves(b))
+  leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  return sum(
+    (jnp.sum(jnp.asarray(x, dtype) * jnp.asarray(y, dtype)) for x, y in leaves),
+    jnp.zeros([], dtype),
+  )
 
 
 def fill_masked(tree: PyTree, params: optax.Params) -> PyTree:

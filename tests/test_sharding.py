@@ -16,6 +16,7 @@ import optax
 import pytest
 
 from optax_asam import asam
+from optax_asam import looksam
 from optax_asam import momentum_asam
 from tests.helpers import network
 from tests.helpers.support import SHARDY
@@ -99,10 +100,12 @@ def init(tx, params, mesh):
 
 
 SGD = optax.sgd(0.1, momentum=0.9)
+# At p = inf rho is relative to weights.
 TRANSFORMATIONS = {
-  '2': asam(SGD, rho=0.5),
-  'inf': asam(SGD, rho=0.05, ord=np.inf),  # rho is relative to weights
-  'momentum': momentum_asam(SGD, rho=0.5),
+  'asam': asam(SGD),
+  'asam, p = inf': asam(SGD, 0.05, ord=np.inf),
+  'looksam': looksam(SGD, every_k=2),
+  'momentum_asam': momentum_asam(SGD, rho=0.5),
 }
 
 
@@ -121,9 +124,9 @@ def assert_split_like(tree, params, mesh, specs):
 
 
 @functools.cache
-def one_device(transformation):
+def one_device(name):
   """Parameters, state and the gradient before, of each step on one device."""
-  tx = TRANSFORMATIONS[transformation]
+  tx = TRANSFORMATIONS[name]
   params = network.make_params(np.float64)
   step, carry = make_train_step(tx), (params, tx.init(params))
   results = []
@@ -133,9 +136,9 @@ def one_device(transformation):
   return results
 
 
-@pytest.mark.parametrize('transformation', TRANSFORMATIONS)
+@pytest.mark.parametrize('tx_name', TRANSFORMATIONS)
 @pytest.mark.parametrize('name', LAYOUTS)
-def test_layout(x64, name, transformation):
+def test_layout(x64, name, tx_name):
   """One step and ten are those of one device, and shardings are kept."""
   layout = LAYOUTS[name]
   if layout.explicit and not hasattr(jax.sharding, 'AxisType'):
@@ -149,7 +152,7 @@ def test_layout(x64, name, transformation):
       lambda x: jax.sharding.reshard(x, NamedSharding(mesh, P())), tree
     )
 
-  tx = TRANSFORMATIONS[transformation]
+  tx = TRANSFORMATIONS[tx_name]
   params = jax.device_put(
     network.make_params(np.float64),
     {leaf: NamedSharding(mesh, spec) for leaf, spec in layout.params.items()},
@@ -162,14 +165,14 @@ def test_layout(x64, name, transformation):
   if not SHARDY:  # Results that are not laid out may be split further.
     out_shardings = jax.tree.map(lambda x: x.sharding, (*carry, params))
   step = make_train_step(tx, gather, out_shardings)
-  # Parameters, as many of momentum, and three scalars; or of the perturbation,
-  # and one.
-  num_leaves = 13 if transformation == 'momentum' else 11
+  # Parameters, as many of momentum, of a direction or a perturbation, and
+  # scalars.
+  num_leaves = {'looksam': 15, 'momentum_asam': 13}.get(tx_name, 11)
   assert assert_split_like(carry, params, mesh, layout.params) == num_leaves
-  for i, expected in enumerate(one_device(transformation)):
+  for i, expected in enumerate(one_device(tx_name)):
     *carry, grads = step(*carry, batch)
     assert_split_like((carry, grads), params, mesh, layout.params)
-    if transformation == 'inf':
+    if tx_name.endswith('inf'):
       network.assert_signs_are_certain(expected[2])
     if i in (0, STEPS - 1):
       assert error((*carry, grads), expected) < 1e-12
