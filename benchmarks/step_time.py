@@ -200,6 +200,10 @@ def measure(
   if LATE in methods and 'asam' in times:
     times[LATE] = 0.8 * times['base'] + 0.2 * times['asam']
     costs[LATE] = costs.get('every_5', {})
+  for other in ('inlined_asam', 'contrib_sam'):
+    if {'asam', other} <= set(times):
+      median, low, high = timing.ratio(times['asam'], times[other])
+      print(f'{name} asam over {other} {median:.3f} ({low:.3f}, {high:.3f})')
   examples = len(batch['labels'])
   return [
     timing.make_row(

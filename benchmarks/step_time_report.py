@@ -107,6 +107,10 @@ def chart(recorded: Mapping[str, Mapping[str, Any]]) -> Figure:
   """A row of panels for each machine, a panel for each model."""
   parts = [(results, *_by_key(results)) for results in recorded.values()]
   columns = max(len(models) for _, _, models, _ in parts)
+  highs = [
+    row['step_over_base_high'] for _, rows, *_ in parts for row in rows.values()
+  ]
+  limit = min(4.0, max(2.6, 0.1 + max(highs)))
   height = sum(0.2 * len(methods) + 0.9 for *_, methods in parts)
   figure = Figure(
     figsize=(1.9 * columns + 1.5, height), dpi=150, layout='constrained'
@@ -123,7 +127,10 @@ def chart(recorded: Mapping[str, Mapping[str, Any]]) -> Figure:
           )
           panel.plot(row['step_over_base'], y, 'o', ms=4, color=_color(method))
       panel.set(
-        title=model, yticks=range(len(methods)), xlim=(0.9, 2.6), xticks=(1, 2)
+        title=model,
+        yticks=range(len(methods)),
+        xlim=(0.9, limit),
+        xticks=range(1, int(limit) + 1),
       )
       panel.set_yticklabels(methods if i == 0 else [])
       panel.invert_yaxis()
