@@ -95,6 +95,9 @@ def tables(name: str, results: Mapping[str, Any]) -> str:
 def page(text: str, recorded: Mapping[str, Mapping[str, Any]]) -> str:
   """A page with its tables made again between the markers."""
   made = ''.join(f'{tables(*item)}\n\n' for item in recorded.items())
+  if made:
+    picture = f'results/{CHART.name}'
+    made = f'![Step times of each method by model]({picture})\n\n{made}'
   return re.sub(
     '(<!-- step_time -->\n\n).*?(<!-- end -->)',
     lambda found: found[1] + made + found[2],
