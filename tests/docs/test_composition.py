@@ -174,6 +174,12 @@ class Step:
     """The updates of SGD at this step's learning rate."""
     return -growing(self.count) * grads
 
+  def friendly(self):
+    """The gradient without the average of earlier ones."""
+    direction = self.grad() - self.average
+    self.average = 0.9 * self.average + 0.1 * self.grad()
+    return direction
+
   def ema(self, vector, decay=0.9):
     """The debiased average of ``vector`` over the steps."""
     self.average = decay * self.average + (1 - decay) * vector
@@ -189,6 +195,11 @@ def clipped(grads):
   """Gradients of norm 1, which are longer."""
   assert np.linalg.norm(grads) > 1
   return grads / np.linalg.norm(grads)
+
+
+def gsam(g, h):
+  """The gradient that GSAM descends."""
+  return h - 0.4 * (g - (g @ h) / (h @ h) * h)
 
 
 # Not linear, and needs the parameters.
@@ -210,6 +221,12 @@ STEPS = {
   'add_decayed_weights, before': lambda s: s.sgd(
     s.sharp(s.grad() + 5e-4 * s.w)
   ),
+  'gsam, clipping inside': lambda s: s.sgd(clipped(gsam(s.grad(), s.sharp()))),
+  'gsam, clipping before': lambda s: s.sgd(
+    gsam(clipped(s.grad()), s.sharp(clipped(s.grad())))
+  ),
+  'friendly, in the ascent': lambda s: s.sgd(s.sharp(s.friendly())),
+  'friendly, before': lambda s: s.sgd(s.sharp(s.friendly())),
   'ema, inside': lambda s: s.sgd(s.ema(s.sharp())),
   'ema, before': lambda s: s.sgd(s.sharp(s.ema(s.grad()))),
   'ema, after': lambda s: s.ema(s.sgd(s.sharp())),
