@@ -96,6 +96,20 @@ def test_equinox():
   assert_drop_in(2, names, leaves, leaves(model))
 
 
+def test_momentum_asam(params):
+  """An ordinary loop, whose clean parameters the text tells how to get."""
+  diff = pages.blocks(README, 'diff')[3]
+  (line,) = [x[2:] for x in diff.splitlines() if x.startswith('+')]
+  tx = pages.run_snippet(line)['tx']
+  state = tx.init(params)
+  grads = jax.grad(loss_fn)(params, BATCH)
+  updates, state = tx.update(grads, state, params)
+  looped = optax.apply_updates(params, updates)
+  clean = optax_asam.eval_params(state, looped)
+  assert error(looped, clean) > 1e-3
+  assert error(clean, params) < 1e-2
+
+
 def test_table():
   """Every number of the demo's table is in the committed results."""
   name = 'experiments/results/demo/results.json'
