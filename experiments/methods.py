@@ -74,22 +74,17 @@ NORMALIZATIONS: dict[str, Callable[..., normalization.Normalization]] = {
 }
 
 
-def in_normalization_layers(params: optax.Params) -> Any:
-  """A mask of the parameters of BatchNorm."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: 'BatchNorm' in jax.tree_util.keystr(path), params
-  )
-
-
 def in_other_layers(params: optax.Params) -> Any:
-  """A mask of all other parameters."""
-  return jax.tree.map(lambda is_in: not is_in, in_normalization_layers(params))
+  """A mask of all parameters but those of normalization layers."""
+  return jax.tree.map(
+    lambda is_in: not is_in, normalization.normalization_layers(params)
+  )
 
 
 # The layers that are perturbed.
 PERTURBED = {
   'all': None,
-  'normalization': in_normalization_layers,
+  'normalization': normalization.normalization_layers,
   'others': in_other_layers,
 }
 

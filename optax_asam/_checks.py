@@ -7,6 +7,7 @@ with what to write instead.
 from collections.abc import Callable
 import functools
 import math
+import reprlib
 import sys
 from typing import Any
 from typing import ParamSpec
@@ -54,6 +55,11 @@ def is_float_array(value: Any) -> bool:
   return dtype is float or (
     dtype is not type(value) and jnp.issubdtype(dtype, jnp.floating)
   )
+
+
+def is_float_scalar(value: Any) -> bool:
+  """Whether ``value`` is a real floating scalar."""
+  return is_float_array(value) and not jnp.shape(value)
 
 
 def is_masked(node: Any) -> bool:
@@ -212,6 +218,37 @@ def check_function(name: str, value: Any, write: str) -> None:
     )
 
 
+def checked_ascent_fun(
+  fun: Callable[..., Any],
+  ascent_fun: Callable[..., Any] | None,
+  has_aux: bool,
+) -> Callable[..., Any]:
+  """``ascent_fun`` with a check of what it returns; by default ``fun``."""
+  if ascent_fun is None:
+    return fun
+  write = 'ascent_fun=lambda params, batch: loss_fn(params, batch[::4])'
+  check_function('ascent_fun', ascent_fun, write)
+
+  needed = 'a pair of a scalar and auxiliary data' if has_aux else 'a scalar'
+
+  @functools.wraps(ascent_fun)
+  def checked(*args, **kwargs):
+    out = ascent_fun(*args, **kwargs)
+    if has_aux:
+      is_pair = isinstance(out, (tuple, list)) and len(out) == 2
+      is_valid = is_pair and is_float_scalar(out[0])
+    else:
+      is_valid = is_float_scalar(out)
+    if not is_valid:
+      raise TypeError(
+        f'ascent_fun must return {needed}, as the differentiated function does,'
+        f' but returned {describe(out)}. For example: {write}.'
+      )
+    return out
+
+  return checked
+
+
 def check_normalization(
   name: str, value: Any, factories: tuple[Callable[..., Any], ...]
 ) -> None:
@@ -269,6 +306,18 @@ def check_perturbed_dtype(value: Any) -> None:
     raise TypeError(
       f'perturbed_dtype must be a floating dtype, but got {dtype}. {write}'
     )
+
+
+def check_second_gradient(
+  descent: Any, ascent_steps: Any, perturbed_dtype: Any
+) -> None:
+  """Raises unless these arguments, which say how it is taken, are valid."""
+  if descent is not None:
+    check_function(
+      'descent', descent, 'descent=lambda grads, perturbed_grads: ...'
+    )
+  check_count('ascent_steps', ascent_steps)
+  check_perturbed_dtype(perturbed_dtype)
 
 
 # Arguments of the measures of sharpness.
@@ -342,8 +391,10 @@ def check_selects_something(mask: Any) -> None:
     isinstance(leaf, (bool, np.bool_)) and not leaf for leaf in leaves
   ):
     raise ValueError(
-      f'mask selects nothing: {mask!r} is False everywhere. Use mask=None to'
-      f' select all leaves, or omit the transformation.'
+      f'mask selects nothing: {reprlib.repr(mask)} is False everywhere. Use'
+      f' mask=None to select all leaves, or omit the transformation. If'
+      f' normalization.normalization_layers made it, no layer of params has a'
+      f' name that it knows: mask=lambda params: ...'
     )
 
 
@@ -359,9 +410,9 @@ def check_params(params: optax.Params) -> None:
     if is_masked(leaf):
       raise ValueError(
         f'{name} is an optax.MaskedNode: optax.masked or optax.partition'
-        f' around this transformation hides parameters that the gradient'
-        f' function needs. Put it inside: asam(optax.partition(...),'
-        f' mask=trainable) or asam(optax.masked(...)).'
+        f' around this transformation hides parameters from it. Put it inside:'
+        f' asam(optax.partition(...), mask=trainable) or'
+        f' asam(optax.masked(...)).'
       )
     if not hasattr(leaf, 'dtype'):
       raise TypeError(
@@ -474,6 +525,42 @@ def check_operator(t: Any, params: optax.Params) -> None:
       ) from error
 
 
+# Momentum.
+
+
+def no_momentum(reason: str) -> ValueError:
+  """The error for a ``base_tx`` whose momentum :func:`momentum_asam` lacks."""
+  return ValueError(
+    f'base_tx must keep one average of gradients like params, in a field trace'
+    f' or mu of its state, but {reason}. Keep one beside it:'
+    f' momentum_asam(base_tx, momentum=0.9).'
+  )
+
+
+def check_one_state(states: list[Any]) -> None:
+  """Raises unless there is one state of :func:`momentum_asam`."""
+  if len(states) != 1:
+    raise ValueError(
+      f'opt_state must contain one state of momentum_asam, but contains'
+      f' {len(states)}. Pass the state of the whole optimizer:'
+      f' eval_params(opt_state, params).'
+    )
+
+
+def check_perturbation(perturbation: list[Any], params: list[Any]) -> None:
+  """Raises unless the leaves of a perturbation are those of ``params``."""
+  got = [jnp.shape(w) for w in params]
+  want = [None if is_masked(e) else jnp.shape(e) for e in perturbation]
+  if len(got) != len(want) or any(
+    b is not None and a != b for a, b in zip(got, want, strict=True)
+  ):
+    raise ValueError(
+      f'params must be those that opt_state belongs to, but got {len(got)}'
+      f' arrays of shapes {got} for perturbations of shapes {want}. Pass the'
+      f' parameters of the training loop: eval_params(opt_state, params).'
+    )
+
+
 # The functions for the second gradient, and their results.
 
 
@@ -513,7 +600,7 @@ def check_grads(grads: Any, params: optax.Params) -> None:
 
 def check_scalar(name: str, value: Any) -> None:
   """Raises unless ``value``, from the function ``name``, is a real scalar."""
-  if not is_float_array(value) or jnp.shape(value):
+  if not is_float_scalar(value):
     raise TypeError(
       f'{name} must return a real scalar, but returned {describe(value)}.'
       f' For example: {name}=lambda p: loss(p).mean(), or loss(p)[0] if it'

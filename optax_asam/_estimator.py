@@ -14,6 +14,9 @@ from optax_asam import descent as _descent
 from optax_asam import normalization as _normalization
 from optax_asam import transform
 
+GradFn = Callable[[optax.Params], optax.Updates]
+ValueAndGradFn = Callable[[optax.Params], tuple[Any, optax.Updates]]
+
 
 def second_gradient(
   rho: chex.Numeric,
@@ -25,19 +28,51 @@ def second_gradient(
   ascent_steps: int,
   descent: _descent.Descent | None,
   perturbed_dtype: Any,
-) -> optax.GradientTransformationExtraArgs:
-  """The transformation from a gradient to the sharpness-aware one.
+) -> Callable[..., tuple[Any, optax.Updates]]:
+  """The function that takes the gradient at perturbed parameters.
 
   The arguments are those of :func:`optax_asam.value_and_grad`, which keeps no
   state between calls, so it cannot count updates for a schedule of ``rho``.
+
+  Returns:
+    A function of ``params``, the gradient there, ``ascent_grad_fn`` for further
+    ascent steps, and ``value_and_grad_fn`` for the last pass (by default
+    ``ascent_grad_fn``, without a value). It returns the value of the last pass,
+    or what came with it, and the sharpness-aware gradient.
   """
   _checks.check_no_schedule(rho)
-  return transform.sharpness_aware(
-    _ascent.rho_ball(rho, eta, adaptive, ord=ord, mask=mask),
-    descent,
-    ascent_steps=ascent_steps,
-    perturbed_dtype=perturbed_dtype,
-  )
+  ascent = _ascent.rho_ball(rho, eta, adaptive, ord=ord, mask=mask)
+  _checks.check_second_gradient(descent, ascent_steps, perturbed_dtype)
+
+  def take(
+    params: optax.Params,
+    grads: optax.Updates,
+    ascent_grad_fn: GradFn,
+    value_and_grad_fn: ValueAndGradFn | None = None,
+  ) -> tuple[Any, optax.Updates]:
+    state = ascent.init(params)
+
+    def ascend(grads):
+      eps, _ = ascent.update(grads, state, params)
+      return eps
+
+    perturbed_params = transform.climb(
+      params,
+      ascend(grads),
+      lambda params: ascend(ascent_grad_fn(params)),
+      ascent_steps=ascent_steps,
+      perturbed_dtype=perturbed_dtype,
+    )
+    if value_and_grad_fn is None:
+      out, perturbed_grads = None, ascent_grad_fn(perturbed_params)
+    else:
+      out, perturbed_grads = value_and_grad_fn(perturbed_params)
+    perturbed_grads = optax.tree.cast_like(perturbed_grads, grads)
+    if descent is not None:
+      perturbed_grads = transform.descend(descent, grads, perturbed_grads)
+    return out, perturbed_grads
+
+  return take
 
 
 def without_value(

@@ -111,37 +111,55 @@ def steepest_direction(h: Arrays, p: float) -> tuple[Arrays, Arrays]:
     False, the maximizer is zero instead of x. They are False everywhere if
     ||h|| is zero, infinite or NaN.
   """
+  return direction(h, reduce(h, p), p)
+
+
+def reduce(h: Arrays, p: float) -> tuple[jax.Array, ...]:
+  """The scalars by which :func:`direction` maps each element of ``h``."""
+  if not h:
+    return ()
+  tiny = float(jnp.finfo(h[0].dtype).tiny)
+  if p == 2:
+    return guarded_root(_sum(x * x for x in h), tiny)
+  peak = jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in h]).max()
+  peak = jax.lax.stop_gradient(peak)
+  if p == math.inf:
+    return guarded_root(jnp.isfinite(peak).astype(peak.dtype), tiny)
+  # |h|^q overflows and underflows early, so h is divided by about its largest
+  # magnitude. That cancels, so the derivative may ignore it. XLA copies neither
+  # scalar, as in `guarded_root`; it would simplify root * root.
+  root, usable = guarded_root(peak, 2 * tiny)
+  exponent = jnp.ceil(128 * jnp.log2(jnp.where(usable, root, 1))) / 64
+  scale = jnp.exp2(exponent)
+  total = _sum(_power(jnp.abs(x) / scale, p / (p - 1)) for x in h)
+  # (q - 1) / q = 1 / p
+  inverse = jnp.sqrt(jnp.where(usable, total, 1) ** (-2 / p))
+  return scale, inverse, usable
+
+
+def direction(
+  h: Arrays, scalars: tuple[jax.Array, ...], p: float
+) -> tuple[Arrays, Arrays]:
+  """What :func:`steepest_direction` returns, element by element."""
   if not h:
     return [], []
   tiny = float(jnp.finfo(h[0].dtype).tiny)
   if p == 2:
-    norm, usable = _guarded_root(_sum(x * x for x in h), tiny)
+    norm, usable = scalars
     # Most devices flush squares below `tiny` to zero, so the elements behind
     # them are dropped. Otherwise, a thousand elements of 1e-19 and one
     # of 2e-19, which alone counts in the norm, would leave the ball.
     is_used = [(jnp.abs(x) > math.sqrt(tiny)) & usable for x in h]
     return [x / norm for x in h], is_used
-  peak = jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in h]).max()
-  peak = jax.lax.stop_gradient(peak)
   if p == math.inf:
-    _, usable = _guarded_root(jnp.isfinite(peak).astype(peak.dtype), tiny)
+    _, usable = scalars
     # Some devices flush denormal numbers to zero, so they are always dropped.
     is_used = [(jnp.abs(x) >= tiny) & usable for x in h]
     return [jnp.sign(x) for x in h], is_used
-  # |h|^q overflows and underflows early, so h is divided by about its largest
-  # magnitude. That cancels, so the derivative may ignore it. XLA copies neither
-  # scalar, as in `_guarded_root`; it would simplify root * root.
-  root, usable = _guarded_root(peak, 2 * tiny)
-  exponent = jnp.ceil(128 * jnp.log2(jnp.where(usable, root, 1))) / 64
-  scale = jnp.exp2(exponent)
-  q = p / (p - 1)
-  magnitudes = [jnp.abs(x) / scale for x in h]
-  total = _sum(_power(m, q) for m in magnitudes)
-  # (q - 1) / q = 1 / p
-  inverse = jnp.sqrt(jnp.where(usable, total, 1) ** (-2 / p))
+  scale, inverse, usable = scalars
+  # q - 1 = 1 / (p - 1)
   return [
-    jnp.sign(x) * _power(m, q - 1) * inverse
-    for x, m in zip(h, magnitudes, strict=True)
+    jnp.sign(x) * _power(jnp.abs(x) / scale, 1 / (p - 1)) * inverse for x in h
   ], [usable] * len(h)
 
 
@@ -150,7 +168,7 @@ def _sum(arrays: Iterable[jax.Array]) -> jax.Array:
   return functools.reduce(operator.add, map(jnp.sum, arrays))
 
 
-def _guarded_root(x: jax.Array, tiny: float) -> tuple[jax.Array, jax.Array]:
+def guarded_root(x: jax.Array, tiny: float) -> tuple[jax.Array, jax.Array]:
   """The root of a scalar, and whether the scalar is in (tiny, max / 8).
 
   The guard is inside the root, whose derivative at zero is infinite, and

@@ -1,4 +1,4 @@
-"""Masks, dtypes and paths of parameter trees."""
+"""Masks, dtypes and inner products of parameter trees."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +27,45 @@ def accumulator_dtype(*leaves: Any) -> Any:
 def widen(x: Any) -> jax.Array:
   """``x`` in at least float32."""
   return jnp.asarray(x, accumulator_dtype(x))
+
+
+def finite_ema(
+  decay: jax.typing.ArrayLike, average: PyTree, grads: optax.Updates
+) -> PyTree:
+  """``decay * average + (1 - decay) * grads``, if all of ``grads`` is finite.
+
+  Otherwise ``average``, which is a tree of at least float32. Leaves that it
+  masks out stay so.
+  """
+  grads = jax.tree.map(
+    lambda m, g: m if _checks.is_masked(m) else widen(g),
+    average,
+    grads,
+    is_leaf=_checks.is_masked,
+  )
+  finite = [jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]
+  # XLA would copy the conjunction over all leaves to each of them, but not a
+  # root: programs would grow with the square of their number.
+  is_finite = jnp.sqrt(sum(1.0 - f.astype(jnp.float32) for f in finite)) == 0
+
+  def leaf(m, g):
+    decay_ = jnp.asarray(decay, m.dtype)
+    return jnp.where(is_finite, decay_ * m + (1 - decay_) * g, m)
+
+  return jax.tree.map(leaf, average, grads)
+
+
+def dot(a: PyTree, b: PyTree) -> jax.Array:
+  """The inner product of two trees, in at least float32.
+
+  ``optax.tree.vdot`` accumulates bfloat16 in bfloat16.
+  """
+  dtype = accumulator_dtype(*jax.tree.leaves(b))
+  leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  return sum(
+    (jnp.sum(jnp.asarray(x, dtype) * jnp.asarray(y, dtype)) for x, y in leaves),
+    jnp.zeros([], dtype),
+  )
 
 
 def fill_masked(tree: PyTree, params: optax.Params) -> PyTree:

@@ -145,18 +145,9 @@ def rho_ball(
     >>> print(np.asarray(eps).round(3))
     [0.9 1.6]
   """
-  if not callable(rho):
-    _checks.check_scale('rho', rho, '0.5')
-  _checks.check_scale('eta', eta, '0.01')
-  if isinstance(adaptive, bool):
-    normalization = (
-      _normalization.elementwise(eta) if adaptive else _normalization.identity()
-    )
-  else:
-    _normalization.check('adaptive', adaptive)
-    normalization = adaptive
   return optax.chain(
-    _unscaled_ascent(normalization, ord, mask), _scale_by_rho(rho)
+    _unscaled_ascent(_normalization.of(eta, adaptive), ord, mask),
+    scale_by_rho(rho),
   )
 
 
@@ -234,18 +225,13 @@ def friendly(
 
   def update_fn(updates, state, params=None):
     del params
-    grads = jax.tree.map(_trees.widen, updates)
-    finite = [jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]
-    is_finite = jnp.stack([*finite, jnp.array(True)]).all()
-
-    def ema(m, g):
-      decay_ = jnp.asarray(decay, m.dtype)
-      return jnp.where(is_finite, decay_ * m + (1 - decay_) * g, m)
-
     direction = jax.tree.map(
-      lambda g, m: g - jnp.asarray(sigma, m.dtype) * m, grads, state.ema
+      lambda g, m: _trees.widen(g) - jnp.asarray(sigma, m.dtype) * m,
+      updates,
+      state.ema,
     )
-    return direction, FriendlyState(ema=jax.tree.map(ema, state.ema, grads))
+    ema = _trees.finite_ema(decay, state.ema, updates)
+    return direction, FriendlyState(ema=ema)
 
   return optax.GradientTransformation(init_fn, update_fn)
 
@@ -276,7 +262,7 @@ def _unscaled_ascent(
   return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _scale_by_rho(
+def scale_by_rho(
   rho: chex.Numeric | optax.Schedule,
 ) -> optax.GradientTransformation:
   """Multiplies by ``rho`` and rounds to the dtypes of ``params``.
@@ -284,6 +270,8 @@ def _scale_by_rho(
   Rounds once, after scaling: a unit perturbation of a million weights of 1e-3
   has elements of 1e-6, of which float16 keeps four bits.
   """
+  if not callable(rho):
+    _checks.check_scale('rho', rho, '0.5')
 
   def init_fn(params):
     del params

@@ -28,6 +28,7 @@ def value_and_grad(
   ascent_steps: int = 1,
   descent: _descent.Descent | None = None,
   perturbed_dtype: Any = None,
+  ascent_fun: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
   r"""The value of ``fun`` and its sharpness-aware gradient.
 
@@ -38,8 +39,9 @@ def value_and_grad(
   A drop-in for :func:`jax.value_and_grad` with any optimizer and trainer. The
   value and the auxiliary data are those of the unperturbed pass, so BatchNorm
   statistics among them are updated once, from the unperturbed model. The other
-  arguments, such as a dropout key, are the same in both passes. For modules
-  that hold more than parameters, use :mod:`optax_asam.nnx` or
+  arguments, such as a dropout key, are the same in both passes. With
+  ``ascent_fun``, the value and the auxiliary data are those of the perturbed
+  pass. For modules that hold more than parameters, use :mod:`optax_asam.nnx` or
   :mod:`optax_asam.equinox`.
 
   Args:
@@ -61,6 +63,13 @@ def value_and_grad(
       that is returned; by default the perturbed one.
     perturbed_dtype: The dtype in which w + eps is formed, as in
       :func:`sharpness_aware`; by default each parameter's own.
+    ascent_fun: The function whose gradient determines the perturbation, by
+      default ``fun``. It takes the arguments of ``fun`` and returns what
+      ``fun`` returns, such as the loss of part of the batch:
+      ``ascent_fun=lambda params, batch: loss_fn(params, batch[::4])``. All
+      ascent steps use it, and ``fun`` is evaluated once: the value and the
+      auxiliary data are those of ``fun`` at w + eps. The first argument of
+      ``descent`` is the gradient of ``ascent_fun``.
 
   Returns:
     A function of the arguments of ``fun`` that returns ``(value, grads)``, or
@@ -86,7 +95,7 @@ def value_and_grad(
   """
   _checks.check_function('fun', fun, 'value_and_grad(loss_fn, rho=0.5)')
   _checks.check_argnums(argnums)
-  tx = _estimator.second_gradient(
+  second_gradient = _estimator.second_gradient(
     rho,
     eta,
     adaptive,
@@ -97,20 +106,32 @@ def value_and_grad(
     perturbed_dtype=perturbed_dtype,
   )
 
+  ascent_fun_ = _checks.checked_ascent_fun(fun, ascent_fun, has_aux)
+
   @functools.wraps(fun)
   def value_and_grad_fn(*args, **kwargs):
-    def grad_fn(params):
+    def value_and_grad_at(params):
       perturbed_args = _replace(args, argnums, params)
-      grads = jax.grad(fun, argnums, has_aux)(*perturbed_args, **kwargs)
+      return jax.value_and_grad(fun, argnums, has_aux)(
+        *perturbed_args, **kwargs
+      )
+
+    def ascent_grad_at(params):
+      perturbed_args = _replace(args, argnums, params)
+      grads = jax.grad(ascent_fun_, argnums, has_aux)(*perturbed_args, **kwargs)
       return grads[0] if has_aux else grads
 
     _checks.check_argnums(argnums, len(args))
     params = _select(args, argnums)
     _checks.check_not_module(params)
-    state = tx.init(params)
-    out, grads = jax.value_and_grad(fun, argnums, has_aux)(*args, **kwargs)
-    grads, _ = tx.update(grads, state, params, grad_fn=grad_fn)
-    return out, grads
+    _checks.check_params(params)
+    if ascent_fun is None:
+      out, grads = value_and_grad_at(params)
+      _, grads = second_gradient(params, grads, ascent_grad_at)
+      return out, grads
+    return second_gradient(
+      params, ascent_grad_at(params), ascent_grad_at, value_and_grad_at
+    )
 
   return value_and_grad_fn
 
@@ -128,6 +149,7 @@ def grad(
   ascent_steps: int = 1,
   descent: _descent.Descent | None = None,
   perturbed_dtype: Any = None,
+  ascent_fun: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
   r"""The sharpness-aware gradient of ``fun``, a drop-in for :func:`jax.grad`.
 
@@ -150,6 +172,7 @@ def grad(
     descent: A function from the clean and the perturbed gradient to the one
       that is returned.
     perturbed_dtype: The dtype in which w + eps is formed.
+    ascent_fun: The function whose gradient determines the perturbation.
 
   Returns:
     A function of the arguments of ``fun`` that returns the gradient, or
@@ -182,6 +205,7 @@ def grad(
     ascent_steps=ascent_steps,
     descent=descent,
     perturbed_dtype=perturbed_dtype,
+    ascent_fun=ascent_fun,
   )
   return _estimator.without_value(value_and_grad_fn, has_aux)
 

@@ -49,9 +49,11 @@ def gsam(alpha: chex.Numeric = 0.4) -> Descent:
   _checks.check_scale('alpha', alpha, '0.4')
 
   def descent(grads, perturbed_grads):
-    squares = _dot(perturbed_grads, perturbed_grads)
+    squares = _trees.dot(perturbed_grads, perturbed_grads)
     usable = (squares > 0) & jnp.isfinite(squares)
-    projection = _dot(grads, perturbed_grads) / jnp.where(usable, squares, 1)
+    projection = _trees.dot(grads, perturbed_grads) / jnp.where(
+      usable, squares, 1
+    )
 
     def leaf(g, h):
       h_wide = _trees.widen(h)
@@ -105,16 +107,3 @@ def wsam(gamma: chex.Numeric = 0.9) -> Descent:
     return jax.tree.map(leaf, grads, perturbed_grads)
 
   return descent
-
-
-def _dot(a: optax.Updates, b: optax.Updates) -> jax.Array:
-  """The inner product of two trees, in at least float32.
-
-  ``optax.tree.vdot`` accumulates bfloat16 in bfloat16.
-  """
-  dtype = _trees.accumulator_dtype(*jax.tree.leaves(b))
-  leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-  return sum(
-    (jnp.sum(jnp.asarray(x, dtype) * jnp.asarray(y, dtype)) for x, y in leaves),
-    jnp.zeros([], dtype),
-  )

@@ -30,6 +30,7 @@ def filter_value_and_grad(
   ascent_steps: int = 1,
   descent: _descent.Descent | None = None,
   perturbed_dtype: Any = None,
+  ascent_fun: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
   r"""The value of ``fun`` and its sharpness-aware gradient, for any module.
 
@@ -40,8 +41,8 @@ def filter_value_and_grad(
   A drop-in for ``equinox.filter_value_and_grad`` with any optimizer. The
   floating arrays of the first argument are differentiated and perturbed. The
   value and the auxiliary data, such as an ``equinox.nn.State``, are those of
-  the clean pass. The other arguments, such as a state or a dropout key, are the
-  same in both passes.
+  the clean pass, or with ``ascent_fun`` those of the perturbed pass. The other
+  arguments, such as a state or a dropout key, are the same in both passes.
 
   Args:
     fun: A function that returns a scalar, or with ``has_aux`` a pair of a
@@ -62,6 +63,13 @@ def filter_value_and_grad(
       that is returned; by default the perturbed one.
     perturbed_dtype: The dtype in which w + eps is formed, as in
       :func:`optax_asam.sharpness_aware`; by default each parameter's own.
+    ascent_fun: The function whose gradient determines the perturbation, by
+      default ``fun``. It takes the arguments of ``fun`` and returns what
+      ``fun`` returns, such as the loss of part of the batch:
+      ``ascent_fun=lambda model, batch: loss_fn(model, batch[::4])``. All ascent
+      steps use it, and ``fun`` is evaluated once: the value and the auxiliary
+      data are those of ``fun`` at w + eps. The first argument of ``descent`` is
+      the gradient of ``ascent_fun``.
 
   Returns:
     A function of the arguments of ``fun`` that returns ``(value, grads)``, or
@@ -90,7 +98,7 @@ def filter_value_and_grad(
     Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021, algorithm 1.
   """
   _checks.check_function('fun', fun, 'filter_value_and_grad(loss_fn, rho=0.5)')
-  tx = _estimator.second_gradient(
+  second_gradient = _estimator.second_gradient(
     rho,
     eta,
     adaptive,
@@ -100,8 +108,10 @@ def filter_value_and_grad(
     descent=descent,
     perturbed_dtype=perturbed_dtype,
   )
-  clean_value_and_grad_fn = eqx.filter_value_and_grad(fun, has_aux=has_aux)
-  perturbed_grad_fn = eqx.filter_grad(fun, has_aux=has_aux)
+  value_and_grad_pass = eqx.filter_value_and_grad(fun, has_aux=has_aux)
+  ascent_grad_pass = eqx.filter_grad(
+    _checks.checked_ascent_fun(fun, ascent_fun, has_aux), has_aux=has_aux
+  )
 
   @functools.wraps(fun)
   def value_and_grad_fn(*args, **kwargs):
@@ -111,8 +121,8 @@ def filter_value_and_grad(
         f' position, but got {sorted(kwargs)} by keyword.'
         ' For example: value_and_grad_fn(model, x).'
       )
-    # Copies of the containers, since the clean pass may replace an
-    # eqx.nn.State, which invalidates the old one.
+    # Copies of the containers, since a pass may replace an eqx.nn.State, which
+    # invalidates the old one.
     leaves, treedef = jax.tree.flatten((args[1:], kwargs))
     params, static = eqx.partition(args[0], eqx.is_inexact_array)
     if not jax.tree.leaves(params):
@@ -120,16 +130,25 @@ def filter_value_and_grad(
         'The first argument, which is differentiated, must hold floating'
         f' arrays, but got {args[0]!r}. Pass the model first.'
       )
-    state = tx.init(params)
-    out, grads = clean_value_and_grad_fn(*args, **kwargs)
+    _checks.check_params(params)
 
-    def grad_fn(params):
+    def value_and_grad_at(params):
+      return value_and_grad_pass(
+        eqx.combine(params, static), *args[1:], **kwargs
+      )
+
+    def ascent_grad_at(params):
       args, kwargs = jax.tree.unflatten(treedef, leaves)
-      grads = perturbed_grad_fn(eqx.combine(params, static), *args, **kwargs)
+      grads = ascent_grad_pass(eqx.combine(params, static), *args, **kwargs)
       return grads[0] if has_aux else grads
 
-    grads, _ = tx.update(grads, state, params, grad_fn=grad_fn)
-    return out, grads
+    if ascent_fun is None:
+      out, grads = value_and_grad_at(params)
+      _, grads = second_gradient(params, grads, ascent_grad_at)
+      return out, grads
+    return second_gradient(
+      params, ascent_grad_at(params), ascent_grad_at, value_and_grad_at
+    )
 
   return value_and_grad_fn
 
@@ -146,6 +165,7 @@ def filter_grad(
   ascent_steps: int = 1,
   descent: _descent.Descent | None = None,
   perturbed_dtype: Any = None,
+  ascent_fun: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
   r"""The sharpness-aware gradient, a drop-in for ``equinox.filter_grad``.
 
@@ -167,6 +187,7 @@ def filter_grad(
     descent: A function from the clean and the perturbed gradient to the one
       that is returned.
     perturbed_dtype: The dtype in which w + eps is formed.
+    ascent_fun: The function whose gradient determines the perturbation.
 
   Returns:
     A function of the arguments of ``fun`` that returns the gradient, or
@@ -201,5 +222,6 @@ def filter_grad(
     ascent_steps=ascent_steps,
     descent=descent,
     perturbed_dtype=perturbed_dtype,
+    ascent_fun=ascent_fun,
   )
   return _estimator.without_value(value_and_grad_fn, has_aux)

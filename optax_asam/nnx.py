@@ -36,6 +36,7 @@ def value_and_grad(
   ascent_steps: int = 1,
   descent: _descent.Descent | None = None,
   perturbed_dtype: Any = None,
+  ascent_fun: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
   r"""The value of ``f`` and its sharpness-aware gradient, for NNX modules.
 
@@ -47,7 +48,9 @@ def value_and_grad(
   auxiliary data, and the batch statistics and RNG counts that are left in the
   modules are those of the clean pass. The perturbed pass starts from the same
   statistics and keys, so both passes drop the same units, and its changes are
-  discarded. Only the differentiated variables are perturbed.
+  discarded. Only the differentiated variables are perturbed. With
+  ``ascent_fun``, it is the perturbed pass that yields the value, the auxiliary
+  data, the statistics and the counts.
 
   Args:
     f: A function that returns a scalar, or with ``has_aux`` a pair of a
@@ -71,6 +74,15 @@ def value_and_grad(
       that is returned; by default the perturbed one.
     perturbed_dtype: The dtype in which w + eps is formed, as in
       :func:`optax_asam.sharpness_aware`; by default each parameter's own.
+    ascent_fun: The function whose gradient determines the perturbation, by
+      default ``f``. It takes the arguments of ``f`` and returns what ``f``
+      returns, such as the loss of part of the batch:
+      ``ascent_fun=lambda model, batch: loss_fn(model, batch[::4])``. All ascent
+      steps use it, on copies of the modules, and ``f`` is evaluated once: the
+      value, the auxiliary data, the batch statistics and the RNG counts are
+      those of ``f`` at w + eps. What ``f`` changes in the differentiated
+      variables is discarded. The first argument of ``descent`` is the gradient
+      of ``ascent_fun``.
 
   Returns:
     A function of the arguments of ``f`` that returns ``(value, grads)``, or
@@ -102,7 +114,7 @@ def value_and_grad(
   """
   _checks.check_function('f', f, 'value_and_grad(loss_fn, rho=0.5)')
   _check_argnums(argnums)
-  tx = _estimator.second_gradient(
+  second_gradient = _estimator.second_gradient(
     rho,
     eta,
     adaptive,
@@ -112,28 +124,42 @@ def value_and_grad(
     descent=descent,
     perturbed_dtype=perturbed_dtype,
   )
-  clean_value_and_grad_fn = nnx.value_and_grad(
-    f, argnums=argnums, has_aux=has_aux
+  value_and_grad_pass = nnx.value_and_grad(f, argnums=argnums, has_aux=has_aux)
+  ascent_grad_pass = nnx.grad(
+    _checks.checked_ascent_fun(f, ascent_fun, has_aux),
+    argnums=argnums,
+    has_aux=has_aux,
   )
-  perturbed_grad_fn = nnx.grad(f, argnums=argnums, has_aux=has_aux)
 
   @functools.wraps(f)
   def value_and_grad_fn(*args, **kwargs):
     if kwargs:  # A differentiated argument may be among them.
       bound = inspect.signature(f).bind(*args, **kwargs)
       args, kwargs = bound.args, bound.kwargs
-    # Before the clean pass, which changes the modules in place.
-    params, restore = _snapshot(args, kwargs, argnums)
-    state = tx.init(params)
-    out, grads = clean_value_and_grad_fn(*args, **kwargs)
+    # Before the first pass, which changes the modules in place.
+    params, restore, put = _snapshot(args, kwargs, argnums)
+    _checks.check_params(params)
 
-    def grad_fn(params):
+    def value_and_grad_at(params):
+      # In the modules themselves, which keep what this pass changes in them.
+      perturbed_args = put(params)
+      return value_and_grad_pass(*perturbed_args, **kwargs)
+
+    def ascent_grad_at(params):
       args, kwargs = restore(params)
-      grads = perturbed_grad_fn(*args, **kwargs)
+      grads = ascent_grad_pass(*args, **kwargs)
       return grads[0] if has_aux else grads
 
-    grads, _ = tx.update(grads, state, params, grad_fn=grad_fn)
-    return out, grads
+    if ascent_fun is None:
+      out, grads = value_and_grad_pass(*args, **kwargs)
+      _, grads = second_gradient(params, grads, ascent_grad_at)
+      return out, grads
+    try:
+      return second_gradient(
+        params, ascent_grad_at(params), ascent_grad_at, value_and_grad_at
+      )
+    finally:
+      put(params)
 
   return value_and_grad_fn
 
@@ -151,6 +177,7 @@ def grad(
   ascent_steps: int = 1,
   descent: _descent.Descent | None = None,
   perturbed_dtype: Any = None,
+  ascent_fun: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
   r"""The sharpness-aware gradient of ``f``, a drop-in for ``nnx.grad``.
 
@@ -173,6 +200,7 @@ def grad(
     descent: A function from the clean and the perturbed gradient to the one
       that is returned.
     perturbed_dtype: The dtype in which w + eps is formed.
+    ascent_fun: The function whose gradient determines the perturbation.
 
   Returns:
     A function of the arguments of ``f`` that returns the gradient, or
@@ -208,6 +236,7 @@ def grad(
     ascent_steps=ascent_steps,
     descent=descent,
     perturbed_dtype=perturbed_dtype,
+    ascent_fun=ascent_fun,
   )
   return _estimator.without_value(value_and_grad_fn, has_aux)
 
@@ -238,8 +267,8 @@ def _snapshot(
   args: tuple[Any, ...],
   kwargs: dict[str, Any],
   argnums: Argnum | Sequence[Argnum],
-) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
-  """The differentiated parameters, and a function that copies the arguments.
+) -> tuple[Any, Callable[[Any], tuple[Any, Any]], Callable[[Any], list[Any]]]:
+  """The differentiated parameters, and two functions that replace them.
 
   Args:
     args: The positional arguments.
@@ -247,9 +276,10 @@ def _snapshot(
     argnums: Which arguments are differentiated.
 
   Returns:
-    The parameters, a pytree like the gradient; and a function from parameters
-    to fresh ``(args, kwargs)`` that hold them, and are otherwise as they are
-    now, whatever happens to the modules later.
+    The parameters, a pytree like the gradient; a function from parameters to
+    fresh ``(args, kwargs)`` that hold them, and are otherwise as they are now,
+    whatever happens to the modules later; and a function from parameters to
+    ``args`` that hold them, with the modules themselves, changed in place.
   """
   single = isinstance(argnums, Argnum)
   diff_states = _diff_states(argnums)
@@ -288,19 +318,27 @@ def _snapshot(
     )
     return selected[0] if single else selected
 
-  def restore(params):
-    args, kwargs = jax.tree.unflatten(treedef, leaves)
-    args = list(args)
+  def replace(replace_node, split_args, params, args):
+    replaced = list(args)
     for i, argument in zip(
       positions, (params,) if single else params, strict=True
     ):
-      args[i] = jax.tree.map(
-        _replace_differentiated, args[i], argument, is_leaf=_is_split
+      replaced[i] = jax.tree.map(
+        replace_node, split_args[i], argument, args[i], is_leaf=_is_split
       )
+    return replaced
+
+  def restore(params):
+    args, kwargs = jax.tree.unflatten(treedef, leaves)
+    args = replace(_replace_in_copy, args, params, args)
     return nnx.from_tree((args, kwargs))
 
-  args, _ = jax.tree.unflatten(treedef, leaves)
-  return select(args), restore
+  split_args, _ = jax.tree.unflatten(treedef, leaves)
+
+  def put(params):
+    return replace(_replace_in_place, split_args, params, args)
+
+  return select(split_args), restore, put
 
 
 def _is_graph_mode() -> bool:
@@ -324,8 +362,16 @@ def _differentiated(node: Any) -> Any:
   return node.states[0] if _is_split(node) else node
 
 
-def _replace_differentiated(node: Any, params: Any) -> Any:
+def _replace_in_copy(node: Any, params: Any, _: Any) -> Any:
   """``node`` with ``params`` in place of what :func:`_differentiated` gives."""
   if _is_split(node):
     return node.replace(states=(params, *node.states[1:]))
+  return params
+
+
+def _replace_in_place(node: Any, params: Any, argument: Any) -> Any:
+  """``argument``, of which ``node`` is the split, with ``params`` in it."""
+  if _is_split(node):
+    nnx.update(argument, params)
+    return argument
   return params

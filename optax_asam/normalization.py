@@ -5,6 +5,7 @@ structure of ``params``. A leaf is an array that broadcasts to its parameter,
 in at least float32, or the Python number 1, which costs no multiplication.
 """
 
+import collections
 from collections.abc import Callable
 import re
 from typing import Any
@@ -23,6 +24,16 @@ Normalization = Callable[[optax.Params], Any]
 # `b_hh`), attention (`in_proj_bias`), hand-written layers (`b1`), and the
 # shift of a normalization layer (`beta`, `offset`).
 _BIAS = re.compile(r'(.+_)?bias|bias_.*|biases|b|b\d+|b_.*|beta|offset')
+
+# Normalization layers: a word of `BatchNorm_0`, `input_layernorm`, `norms`,
+# `batch_normalization`, `bn1` or `ln_f`, and their parameters.
+_WORD = re.compile(r'[A-Z]*[a-z]+|[A-Z]+')
+_NORM = re.compile(r'.*norm(s|alization)?|[bgl]n')
+_NORM_PARAMETERS = frozenset(
+  {'scale', 'bias', 'offset', 'gamma', 'beta', 'weight'}
+)
+# These normalize weights, not activations.
+_NO_NORM = re.compile(r'.*(weight|spectral).*', re.IGNORECASE)
 
 
 def not_bias(params: optax.Params) -> Any:
@@ -59,12 +70,115 @@ def not_bias(params: optax.Params) -> Any:
 
 def _last_name(path: Any) -> str:
   """The last name on a key path, or ''."""
-  for name in reversed(_checks.names(path)):
-    if isinstance(name, tuple) and name:  # flax.traverse_util.flatten_dict
-      name = name[-1]
-    if isinstance(name, str):
-      return re.split('[./]', name)[-1]
-  return ''
+  names = [name for name in _names(path) if isinstance(name, str)]
+  return names[-1] if names else ''
+
+
+def _names(path: Any) -> list[Any]:
+  """The names and positions on a key path, of which one entry may hold more.
+
+  ``flax.traverse_util.flatten_dict`` makes tuples, or names joined by ``/``.
+  """
+  names = []
+  for entry in _checks.names(path):
+    for name in entry if isinstance(entry, tuple) else (entry,):
+      names += re.split('[./]', name) if isinstance(name, str) else [name]
+  return names
+
+
+def normalization_layers(params: optax.Params) -> Any:
+  """Selects the parameters of normalization layers, for the argument ``mask``.
+
+  Perturbing these alone, a tenth of a percent of the parameters, does as well
+  as perturbing all, or better (SAM-ON).
+
+  A leaf is selected if it is named ``scale``, ``bias``, ``offset``, ``gamma``,
+  ``beta`` or ``weight``, and if its layer is a normalization layer, by
+
+  * the class of the layer, where the tree has modules (Equinox), or the last
+    name before that of the leaf (Flax, Haiku), if all parameters of the layer
+    are so named: a word of it ends with ``norm``, ``norms`` or
+    ``normalization``, or is ``bn``, ``gn`` or ``ln``. For example,
+    ``BatchNorm_0``, ``RMSNorm``, ``resnet/~/batch_norm``, ``input_layernorm``,
+    ``norm1``, ``bn1`` and ``ln_f``. Names with ``weight`` or ``spectral`` are
+    those of weight and spectral normalization, and are left out; or
+  * its parameters, where the layer has only a position (``layers_1`` or an
+    index, as in ``nnx.Sequential``): ``scale``, and no others than ``bias``
+    and ``offset``.
+
+  Args:
+    params: A pytree of parameters.
+
+  Returns:
+    A pytree like ``params``: True at the parameters of normalization layers,
+    False elsewhere. :func:`optax_asam.asam` raises an error if there are none.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> from optax_asam import asam, normalization
+    >>> params = {
+    ...   'Conv_0': {'kernel': jnp.ones((3, 3, 1, 2)), 'bias': jnp.zeros(2)},
+    ...   'BatchNorm_0': {'scale': jnp.ones(2), 'bias': jnp.zeros(2)},
+    ... }
+    >>> mask = normalization.normalization_layers(params)
+    >>> mask['BatchNorm_0'], mask['Conv_0']
+    ({'bias': True, 'scale': True}, {'bias': False, 'kernel': False})
+    >>> tx = asam(optax.sgd(0.1), mask=normalization.normalization_layers)
+
+  References:
+    Mueller et al., `Normalization Layers Are All That Sharpness-Aware
+    Minimization Needs <https://arxiv.org/abs/2306.04226>`_, 2023.
+  """
+  parameters = collections.defaultdict(set)  # of each layer
+  for path, _ in jax.tree.leaves_with_path(params):
+    *layer, parameter = _names(path) or ['']
+    parameters[tuple(layer)].add(parameter)
+
+  def is_selected(path, _):
+    *layer, parameter = _names(path) or ['']
+    if parameter not in _NORM_PARAMETERS:
+      return False
+    if _is_norm(type(_parent(params, path)).__name__):
+      return True
+    siblings = parameters[tuple(layer)]
+    if not layer or not siblings <= _NORM_PARAMETERS:
+      return False
+    if _is_position(layer[-1]) and 'scale' in siblings:
+      return siblings <= {'scale', 'bias', 'offset'}
+    names = [name for name in layer if not _is_position(name)]
+    return bool(names) and _is_norm(names[-1])
+
+  return jax.tree_util.tree_map_with_path(is_selected, params)
+
+
+def _is_norm(name: str) -> bool:
+  """Whether a name is that of a normalization layer."""
+  words = _WORD.findall(name)
+  return _NO_NORM.fullmatch(name) is None and any(
+    _NORM.fullmatch(word.lower()) for word in words
+  )
+
+
+def _is_position(name: Any) -> bool:
+  """Whether a name on a path says only where a layer is."""
+  return not isinstance(name, str) or bool(
+    re.fullmatch(r'(layers?_)?\d+', name)
+  )
+
+
+def _parent(tree: Any, path: Any) -> Any:
+  """The node that holds a leaf, or None if keys do not lead to it."""
+  *path, _ = [entry for entry in path if _checks.names([entry])] or [None]
+  for entry in path:
+    try:
+      if isinstance(entry, jax.tree_util.GetAttrKey):
+        tree = getattr(tree, entry.name)
+      else:
+        tree = tree[getattr(entry, 'key', getattr(entry, 'idx', None))]
+    except (AttributeError, LookupError, TypeError):
+      return None
+  return tree
 
 
 def identity() -> Normalization:
@@ -231,6 +345,15 @@ def check(name: str, value: Any) -> None:
   """Raises unless ``value`` may be a normalization."""
   factories = (identity, elementwise, filterwise, layerwise)
   _checks.check_normalization(name, value, factories)
+
+
+def of(eta: chex.Numeric, adaptive: bool | Normalization) -> Normalization:
+  """The normalization that two arguments of :func:`optax_asam.asam` mean."""
+  _checks.check_scale('eta', eta, '0.01')
+  if isinstance(adaptive, bool):
+    return elementwise(eta) if adaptive else identity()
+  check('adaptive', adaptive)
+  return adaptive
 
 
 def _masked(operator, eta, mask) -> Normalization:

@@ -130,15 +130,10 @@ def sharpness_aware(
   _checks.check_transformation(
     'ascent', ascent, 'steepest_ascent(normalization.elementwise())'
   )
-  if descent is not None:
-    _checks.check_function(
-      'descent', descent, 'descent=lambda grads, perturbed_grads: ...'
-    )
-  _checks.check_count('ascent_steps', ascent_steps)
+  _checks.check_second_gradient(descent, ascent_steps, perturbed_dtype)
   _checks.check_count('every_k', every_k)
   if when is not None:
     _checks.check_function('when', when, 'when=lambda step: step >= 9_000')
-  _checks.check_perturbed_dtype(perturbed_dtype)
   ascent = optax.with_extra_args_support(ascent)
 
   def init_fn(params):
@@ -170,22 +165,18 @@ def sharpness_aware(
     def ascend(grads):
       return ascent.update(grads, state.ascent_state, params, **extra_args)
 
-    def perturb(eps):
-      return _geometry.perturb(params, eps, perturbed_dtype)
-
     def average(tree):
       return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
     def perturbed_pass():
       eps, ascent_state = ascend(updates)
-      if ascent_steps > 1:
-        eps = _divide(eps, ascent_steps)
-      # Unrolled: XLA on CPU runs convolutions much more slowly in a loop.
-      for _ in range(ascent_steps - 1):
-        _, grads = value_and_grad_fn(perturb(eps))
-        step, _ = ascend(grads)
-        eps = optax.tree.add(eps, _divide(step, ascent_steps))
-      perturbed_params = perturb(eps)
+      perturbed_params = climb(
+        params,
+        eps,
+        lambda params: ascend(value_and_grad_fn(params)[1])[0],
+        ascent_steps=ascent_steps,
+        perturbed_dtype=perturbed_dtype,
+      )
       value, grads = value_and_grad_fn(perturbed_params)
       if axis_name is not None:
         _checks.check_varies(perturbed_params, grads, axis_name)
@@ -195,7 +186,7 @@ def sharpness_aware(
       else:
         value = average(jnp.asarray(value, state.perturbed_value.dtype))
       if descent is not None:
-        grads = _descend(descent, average(updates), grads)
+        grads = descend(descent, average(updates), grads)
       return (value, grads), ascent_state
 
     if every_k == 1 and when is None:
@@ -221,6 +212,50 @@ def sharpness_aware(
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def climb(
+  params: optax.Params,
+  eps: optax.Updates,
+  eps_at: Callable[[optax.Params], optax.Updates],
+  *,
+  ascent_steps: int,
+  perturbed_dtype: Any,
+) -> optax.Params:
+  """Returns w + eps after all ascent steps.
+
+  Args:
+    params: The parameters w.
+    eps: The perturbation of the gradient at w.
+    eps_at: A function from perturbed parameters to the perturbation of the
+      gradient there. It is called for each ascent step but the first.
+    ascent_steps: Number of ascent steps.
+    perturbed_dtype: The dtype in which w + eps is formed.
+
+  Returns:
+    The perturbed parameters, a tree like ``params``.
+  """
+  if ascent_steps > 1:
+    eps = _divide(eps, ascent_steps)
+  # Unrolled: XLA on CPU runs convolutions much more slowly in a loop.
+  for _ in range(ascent_steps - 1):
+    step = eps_at(_geometry.perturb(params, eps, perturbed_dtype))
+    eps = optax.tree.add(eps, _divide(step, ascent_steps))
+  return _geometry.perturb(params, eps, perturbed_dtype)
+
+
+def descend(
+  descent: Descent, grads: optax.Updates, perturbed_grads: optax.Updates
+) -> optax.Updates:
+  """The result of ``descent``, checked and in the dtypes of ``grads``."""
+  result = descent(grads, perturbed_grads)
+  _checks.check_like(
+    'the result of descent',
+    result,
+    grads,
+    write='For example: descent=lambda g, h: optax.tree.add(g, h).',
+  )
+  return optax.tree.cast_like(result, grads)
 
 
 def _value_and_grad_fn(
@@ -263,20 +298,6 @@ def _keywords_of(
   except (TypeError, ValueError):  # Built-in functions may have no signature.
     return {}
   return {name: extra_args[name] for name in names if name in extra_args}
-
-
-def _descend(
-  descent: Descent, grads: optax.Updates, perturbed_grads: optax.Updates
-) -> optax.Updates:
-  """The result of ``descent``, checked and in the dtypes of ``grads``."""
-  result = descent(grads, perturbed_grads)
-  _checks.check_like(
-    'the result of descent',
-    result,
-    grads,
-    write='For example: descent=lambda g, h: optax.tree.add(g, h).',
-  )
-  return optax.tree.cast_like(result, grads)
 
 
 def _divide(step: optax.Updates, n: int) -> optax.Updates:

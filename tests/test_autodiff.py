@@ -9,6 +9,7 @@ import pytest
 
 import optax_asam
 from optax_asam import asam
+from tests.helpers import reference
 from tests.helpers.cases import OPTIONS
 from tests.helpers.support import assert_same_bits
 from tests.helpers.support import error
@@ -118,6 +119,103 @@ def test_dtypes():
     grads = optax_asam.grad(fun, perturbed_dtype=perturbed_dtype)(params)
     assert grads['a'].dtype == jnp.bfloat16
     assert grads['b'].dtype == jnp.float32
+
+
+ELEMENTWISE = reference.elementwise(0.01)
+# Each option of OPTIONS, as keywords of `by_hand`.
+BY_HAND = {
+  'defaults': {},
+  'rho, eta': {'rho': 0.1, 'operator': reference.elementwise(0.2)},
+  'sam': {'operator': reference.ones},
+  'normalization': {'operator': reference.layerwise(0.1)},
+  'p = inf': {'p': np.inf, 'rho': 0.01},
+  'p = 3': {'p': 3},
+  'mask': {'perturbed': {'kernel'}},
+  'ascent_steps': {'ascent_steps': 3},
+  'descent': {'descent': OPTIONS['descent']['descent']},
+  'perturbed_dtype': {'dtype': jnp.bfloat16},
+}
+
+
+def by_hand(
+  params,
+  batch,
+  part,
+  *,
+  rho=0.5,
+  operator=ELEMENTWISE,
+  p=2,
+  perturbed=frozenset({'kernel', 'bias'}),
+  ascent_steps=1,
+  descent=None,
+  dtype=None,
+):
+  """The squared error of ``batch`` at w + eps of ``part``, and the gradient."""
+  gradient = reference.squared_error_grad
+  first = grads = gradient(params, part)
+  eps = 0
+  for _ in range(ascent_steps):
+    step = reference.perturbation(
+      params, grads, operator, rho / ascent_steps, p, {'kernel'}, perturbed
+    )
+    eps = jax.tree.map(np.add, eps, step) if eps else step
+    point = jax.tree.map(np.add, params, eps)
+    if dtype is not None:
+      point = jax.tree.map(lambda w: w.astype(dtype).astype(float), point)
+    grads = gradient(point, part)
+  grads = gradient(point, batch)
+  if descent is not None:
+    grads = descent(first, grads)
+  return point, reference.squared_error(point, batch), grads
+
+
+@pytest.mark.parametrize('option', OPTIONS)
+def test_ascent_fun(x64, option):
+  """The ascent takes its gradients, ``fun`` gives the rest at w + eps.
+
+  The ascent is on a quarter of the batch, and each pass is traced once.
+  """
+  rng = np.random.default_rng(2)
+  params = {'kernel': rng.normal(size=(3, 2)), 'bias': rng.normal(size=2)}
+  batch = rng.normal(size=(16, 3)), rng.normal(size=(16, 2))
+  part = tuple(array[::4] for array in batch)
+  passes = []
+
+  def fun(params, batch):
+    passes.append(len(batch[0]))
+    point = optax.tree.cast(params, jnp.float64)
+    return reference.squared_error(point, batch), point
+
+  value_and_grad_fn = optax_asam.value_and_grad(
+    fun,
+    has_aux=True,
+    ascent_fun=lambda params, batch: fun(params, [x[::4] for x in batch]),
+    **OPTIONS[option],
+  )
+  (value, point), grads = jax.jit(value_and_grad_fn)(params, batch)
+
+  options = BY_HAND[option]
+  expected = by_hand(params, batch, part, **options)
+  tolerance = 5e-3 if option == 'perturbed_dtype' else 1e-12
+  assert error((point, value), expected[:2]) < 1e-12
+  assert error(grads, expected[2]) < tolerance
+  assert passes == [4] * options.get('ascent_steps', 1) + [16]
+  # Another perturbation than that of the whole batch.
+  assert error(grads, by_hand(params, batch, batch, **options)[2]) > 1e-3
+
+
+def test_grad_with_ascent_fun(params, x):
+  """Without the value; arguments reach both functions as they were given."""
+  half = lambda params, x, *, power=2: loss_fn(params, x[:2], power=power)
+  for kwargs in ({}, {'power': 4}):
+    _, expected = optax_asam.value_and_grad(loss_fn, ascent_fun=half)(
+      params, x, **kwargs
+    )
+    grads = optax_asam.grad(loss_fn, ascent_fun=half)(params, x, **kwargs)
+    assert_same_bits(grads, expected)
+    assert error(grads, optax_asam.grad(loss_fn)(params, x, **kwargs)) > 1e-4
+  same = optax_asam.grad(loss_fn, ascent_fun=loss_fn)(params, x)
+  assert_same_bits(same, optax_asam.grad(loss_fn)(params, x))
 
 
 def test_traced_rho_and_its_derivative(x64):

@@ -7,6 +7,7 @@ has all examples: a perturbation per device (m-sharpness), or a shared one.
 import functools
 
 import jax
+from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
@@ -16,6 +17,7 @@ import optax
 import pytest
 
 from optax_asam import asam
+from optax_asam import looksam
 from tests.helpers import network
 from tests.helpers.cases import DESCENTS
 from tests.helpers.support import assert_same_bits
@@ -36,31 +38,41 @@ def rho_of(ord):
 
 
 @functools.cache
-def one_device(shared, ord, every_k, descent):
-  """Parameters after each step, with a perturbation per group of examples."""
+def one_device(shared, ord, every_k, descent, alpha=None):
+  """Parameters after each step, with a perturbation per group of examples.
+
+  With ``alpha``, updates in between are those of LookSAM.
+  """
   extract = asam(optax.identity(), rho_of(ord), ord=ord)
 
   def perturbed_grad(params, g, batch):
     grad_fn = lambda p: jax.grad(network.loss_fn)(p, batch)
     return extract.update(g, extract.init(params), params, grad_fn=grad_fn)[0]
 
-  @functools.partial(jax.jit, static_argnums=3)
-  def step(params, state, groups, perturb):
+  @functools.partial(jax.jit, static_argnums=4)
+  def step(params, state, direction, groups, perturb):
     mean = lambda tree: jax.tree.map(lambda x: x.mean(0), tree)
     local = jax.vmap(jax.grad(network.loss_fn), (None, 0))(params, groups)
     ascended = grads = mean(local)
+    g, unravel = ravel_pytree(grads)
     if perturb:
       ascended = grads if shared else local
       in_axes = (None, None if shared else 0, 0)
       perturbed = mean(
         jax.vmap(perturbed_grad, in_axes)(params, ascended, groups)
       )
+      h, _ = ravel_pytree(perturbed)
+      direction = h - (g @ h) / (g @ g) * g
+      direction = unravel(direction / jnp.linalg.norm(direction))
       grads = descent(grads, perturbed) if descent else perturbed
+    elif alpha:
+      direction_, _ = ravel_pytree(direction)
+      grads = unravel(g + alpha * jnp.linalg.norm(g) * direction_)
     updates, state = BASE_TX.update(grads, state, params)
-    return optax.apply_updates(params, updates), state, ascended
+    return optax.apply_updates(params, updates), state, direction, ascended
 
   params = network.make_params(np.float64)
-  carry = params, BASE_TX.init(params)
+  carry = params, BASE_TX.init(params), params
   results = {}
   for i in range(max(COMPARED)):
     *carry, ascended = step(*carry, split(), i % every_k == 0)
@@ -129,11 +141,12 @@ def replicas(tree):
 
 @pytest.mark.parametrize('shared', [False, True])
 @pytest.mark.parametrize(
-  ('ord', 'every_k', 'descent'),
+  ('ord', 'every_k', 'descent', 'alpha'),
   [
-    (2, 2, DESCENTS['nonlinear']),
-    pytest.param(2, 1, None, marks=pytest.mark.slow),
-    pytest.param(np.inf, 1, None, marks=pytest.mark.slow),
+    (2, 2, DESCENTS['nonlinear'], None),
+    (2, 2, None, 0.3),  # LookSAM
+    pytest.param(2, 1, None, None, marks=pytest.mark.slow),
+    pytest.param(np.inf, 1, None, None, marks=pytest.mark.slow),
   ],
 )
 @pytest.mark.parametrize(
@@ -144,23 +157,20 @@ def replicas(tree):
     'pmap',
   ],
 )
-def test_axis_name(x64, way, ord, every_k, descent, shared):
+def test_axis_name(x64, way, ord, every_k, descent, alpha, shared):
   """Local gradients: a perturbation a device. Averaged ones: a shared one."""
-  tx = asam(
-    BASE_TX,
-    rho_of(ord),
-    ord=ord,
-    every_k=every_k,
-    descent=descent,
-    axis_name='devices',
-  )
+  options = {'ord': ord, 'every_k': every_k, 'axis_name': 'devices'}
+  if alpha:
+    tx = looksam(BASE_TX, rho_of(ord), alpha=alpha, **options)
+  else:
+    tx = asam(BASE_TX, rho_of(ord), descent=descent, **options)
   params = network.make_params(np.float64)
   step, carry, batch = distribute(
     way,
     make_train_step(tx, shared, varying=way == 'shard_map'),
     (params, tx.init(params)),
   )
-  expected = one_device(shared, ord, every_k, descent)
+  expected = one_device(shared, ord, every_k, descent, alpha)
   for i in range(1, max(COMPARED) + 1):
     carry = step(*carry, batch)
     first, *others = replicas(carry)

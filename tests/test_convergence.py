@@ -9,6 +9,7 @@ import pytest
 
 from optax_asam import asam
 from optax_asam import ascent
+from optax_asam import looksam
 from tests.helpers.cases import BASES
 from tests.helpers.cases import FAST_BASES
 from tests.helpers.cases import LINE_SEARCHES
@@ -62,13 +63,13 @@ def distance(base, tx, target):
 
 
 @functools.cache
-def asam_distance(base, target):
+def asam_distance(base, target, wrap=asam):
   """``distance`` of asam, a function of the first and the last rho."""
 
   @jax.jit
   def run(first_rho, last_rho):
     rho = optax.linear_schedule(first_rho, last_rho, STEPS // 2)
-    return distance(base, asam(BASES[base](), rho), target)
+    return distance(base, wrap(BASES[base](), rho), target)
 
   return run
 
@@ -96,6 +97,13 @@ def test_constant_rho(base):
   assert asam_distance(base, 'parabola')(RHO, RHO) < RHO / 5
   if base not in LINE_SEARCHES:
     assert asam_distance(base, 'rosenbrock')(RHO, RHO) > RHO
+
+
+@pytest.mark.parametrize('base', ['momentum', 'adam'])
+@pytest.mark.parametrize('target', TARGETS)
+def test_looksam(base, target):
+  """LookSAM reaches minima where rho decays to zero."""
+  assert asam_distance(base, target, looksam)(RHO, 0.0) < CONVERGED
 
 
 @functools.cache

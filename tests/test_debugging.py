@@ -7,6 +7,8 @@ import pytest
 
 import optax_asam
 from optax_asam import asam
+from optax_asam import looksam
+from optax_asam import momentum_asam
 from optax_asam import normalization
 from optax_asam import sam
 from optax_asam import sharpness
@@ -33,6 +35,7 @@ TRANSFORMATIONS = {
   'schedule': asam(SGD, optax.linear_schedule(0.1, 0.5, 10)),
   'perturbed_dtype': asam(SGD, perturbed_dtype=jnp.float32),
   'descent': asam(SGD, descent=lambda grads, perturbed_grads: grads),
+  'looksam': looksam(SGD, every_k=2),
 }
 PARAMS = {
   'kernel': {dtype: jnp.full((2, 2), 0.5, dtype) for dtype in DTYPES},
@@ -57,7 +60,7 @@ def loss_fn(params):
   return sum(jnp.mean((w - 1) ** 2) for w in leaves)
 
 
-EAGER = ('3', 'asam', 'when', 'mask', 'perturbed_dtype')
+EAGER = ('3', 'asam', 'when', 'mask', 'perturbed_dtype', 'looksam')
 
 
 @pytest.mark.parametrize(
@@ -72,7 +75,10 @@ def test_update(name, jit):
   tx = TRANSFORMATIONS[name]
   maybe_jit = jax.jit if jit else lambda fun: fun
   state = maybe_jit(tx.init)(PARAMS)
-  for extra_args in ({'grad_fn': jax.grad(loss_fn)}, {'value_fn': loss_fn}):
+  functions = [{'grad_fn': jax.grad(loss_fn)}, {'value_fn': loss_fn}]
+  if name == 'looksam':  # Measures on the first.
+    functions.reverse()
+  for extra_args in functions:
 
     @maybe_jit
     def step(params, state, extra_args=extra_args):
@@ -85,10 +91,28 @@ def test_update(name, jit):
   assert state[0].perturbed_value > 0
 
 
+@pytest.mark.parametrize('momentum', [None, 0.9])
+def test_momentum_asam(momentum):
+  """Two steps, of which the second removes a perturbation."""
+  base_tx = SGD if momentum else optax.sgd(0.1, momentum=0.9)
+  params = PARAMS
+  if momentum is None:  # Optax's arithmetic
+    params = {name: leaves['bfloat16'] for name, leaves in PARAMS.items()}
+  tx = momentum_asam(base_tx, 2.0, momentum=momentum)
+
+  @jax.jit
+  def step(params, state):
+    updates, state = tx.update(jax.grad(loss_fn)(params), state, params)
+    return optax.apply_updates(params, updates), state
+
+  params, state = step(*step(params, jax.jit(tx.init)(params)))
+  assert any(e.any() for e in jax.tree.leaves(state.perturbation))
+
+
 def test_gradient_of_zero():
   """Nothing is divided by a norm of zero."""
   zeros = jax.tree.map(jnp.zeros_like, PARAMS)
-  for tx in (asam(SGD), asam(SGD, ord=jnp.inf), asam(SGD, ord=3)):
+  for tx in (asam(SGD), asam(SGD, ord=jnp.inf), asam(SGD, ord=3), looksam(SGD)):
     updates, _ = tx.update(
       zeros, tx.init(PARAMS), PARAMS, grad_fn=lambda _: zeros
     )

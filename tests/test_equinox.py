@@ -48,20 +48,33 @@ def loss_fn(network, state, x, *, key):
   return jnp.mean((y - 1) ** 2), state
 
 
-def test_is_two_passes(x64):
-  """The new state is that of the clean one, and both drop the same units."""
+@pytest.mark.parametrize('on_part', [False, True])
+def test_is_two_passes(x64, on_part):
+  """The new state is that of the clean one, and both drop the same units.
+
+  With ``ascent_fun``, the state and the value are those of the perturbed one.
+  """
   network, state = eqx.nn.make_with_state(Network)(jax.random.key(0))
   x = np.random.default_rng(1).normal(size=(2, 8, 3))
   plain = eqx.filter_jit(eqx.filter_value_and_grad(loss_fn, has_aux=True))
+  ascent_fun, first = None, plain
+  if on_part:
+    ascent_fun = lambda network, state, x, *, key: loss_fn(
+      network, state, x[::4], key=key
+    )
+    first = eqx.filter_jit(eqx.filter_value_and_grad(ascent_fun, has_aux=True))
   value_and_grad_fn = eqx.filter_jit(
-    optax_asam.equinox.filter_value_and_grad(loss_fn, has_aux=True)
+    optax_asam.equinox.filter_value_and_grad(
+      loss_fn, has_aux=True, ascent_fun=ascent_fun
+    )
   )
   for i, batch in enumerate(x):
     key = jax.random.key(i)
-    out, grads = plain(network, state, batch, key=key)
+    out, grads = first(network, state, batch, key=key)
     params, static = eqx.partition(network, eqx.is_inexact_array)
     perturbed_network = eqx.combine(reference.perturb(params, grads), static)
-    _, expected = plain(perturbed_network, state, batch, key=key)
+    second_out, expected = plain(perturbed_network, state, batch, key=key)
+    out = second_out if on_part else out
     result = value_and_grad_fn(network, state, batch, key=key)
     assert error(result, (out, expected)) < 1e-12
     assert error(result[1], grads) > 1e-2
@@ -84,12 +97,17 @@ def test_state_may_be_replaced_in_the_loss():
     count = state.get(counter.count)
     return count * counter.scale**2, state.set(counter.count, count + 1)
 
-  counter, state = eqx.nn.make_with_state(Counter)()
-  grads, state = optax_asam.equinox.filter_grad(
-    loss_fn, has_aux=True, adaptive=False, ascent_steps=2
-  )(counter, state)
-  np.testing.assert_allclose(grads.scale, 2 * (3 + 0.5), rtol=1e-6)
-  assert state.get(counter.count) == 2
+  for ascent_fun in (None, loss_fn):
+    counter, state = eqx.nn.make_with_state(Counter)()
+    grads, state = optax_asam.equinox.filter_grad(
+      loss_fn,
+      has_aux=True,
+      adaptive=False,
+      ascent_steps=2,
+      ascent_fun=ascent_fun,
+    )(counter, state)
+    np.testing.assert_allclose(grads.scale, 2 * (3 + 0.5), rtol=1e-6)
+    assert state.get(counter.count) == 2
 
 
 def small_loss_fn(model, x):
@@ -130,6 +148,30 @@ def test_options(model, option):
   if options:
     default = optax_asam.equinox.filter_grad(small_loss_fn)(model, x)
     assert error(grad_fn(model, x), default) > 1e-4
+
+
+def test_options_with_ascent_fun(model):
+  """All of them at once: the same as the plain function."""
+  options = {
+    name: value for each in OPTIONS.values() for name, value in each.items()
+  }
+  params, static = eqx.partition(model, eqx.is_inexact_array)
+  half_loss_fn = lambda model, x: small_loss_fn(model, x[:1])
+
+  def pure(fun):
+    return lambda params: fun(eqx.combine(params, static), jnp.eye(3))
+
+  expected = optax_asam.value_and_grad(
+    pure(small_loss_fn), ascent_fun=pure(half_loss_fn), **options
+  )(params)
+  result = optax_asam.equinox.filter_value_and_grad(
+    small_loss_fn, ascent_fun=half_loss_fn, **options
+  )(model, jnp.eye(3))
+  grads = optax_asam.equinox.filter_grad(
+    small_loss_fn, ascent_fun=half_loss_fn, **options
+  )(model, x=jnp.eye(3))
+  assert error(result, expected) < 1e-6
+  assert error(grads, expected[1]) < 1e-6
 
 
 def test_mask_is_a_module(model):

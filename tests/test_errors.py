@@ -15,6 +15,7 @@ import pytest
 import optax_asam
 from optax_asam import asam
 from optax_asam import ascent
+from optax_asam import looksam
 from optax_asam import normalization
 from optax_asam import sam
 from optax_asam import sharpness
@@ -88,6 +89,7 @@ NOT_CALLED = normalization.layerwise
 KEYWORDS = [
   *each_scale('rho'),
   *each_scale('eta'),
+  *each_scale('alpha'),
   *each_count('every_k'),
   *each_count('ascent_steps'),
   *each(ValueError, 'ord', (1, 0.5, 0, -2, np.nan, -np.inf), '{} & ord=2'),
@@ -113,10 +115,14 @@ KEYWORDS = [
 @pytest.mark.parametrize(('error', 'name', 'value', 'phrases'), KEYWORDS)
 def test_keywords(error, name, value, phrases):
   """In the factories, before anything is traced."""
-  factories = [functools.partial(asam, SGD)]
-  if name not in ('adaptive', 'eta'):
+  factories = []
+  if name not in ('ascent_steps', 'descent'):
+    factories.append(functools.partial(looksam, SGD))
+  if name != 'alpha':
+    factories.append(functools.partial(asam, SGD))
+  if name not in ('adaptive', 'alpha', 'eta'):
     factories.append(functools.partial(sam, SGD))
-  if name != 'every_k':
+  if name not in ('alpha', 'every_k'):
     for estimator in (optax_asam.value_and_grad, optax_asam.grad):
       factories.append(functools.partial(estimator, loss_fn))
   for factory in factories:
@@ -124,7 +130,7 @@ def test_keywords(error, name, value, phrases):
     assert_raises(error, call, f'{name} & {phrases}')
 
 
-@pytest.mark.parametrize('factory', [asam, sam])
+@pytest.mark.parametrize('factory', [asam, sam, looksam])
 def test_base_tx(factory):
   """Likely slips with the first argument."""
   for call, got in [
@@ -202,6 +208,20 @@ TYPE_ERRORS = [
         'rho & schedule & rho=schedule(step)',
       ),
       (functools.partial(factory, 0.5), 'fun & 0.5 & value_and_grad(loss_fn'),
+      *[
+        (
+          lambda factory=factory, fun=fun, has_aux=has_aux: factory(
+            loss_fn, has_aux=has_aux, ascent_fun=fun
+          )(PARAMS),
+          f'ascent_fun & {got} & ascent_fun=lambda params, batch: loss_fn(',
+        )
+        for fun, has_aux, got in [
+          (PARAMS, False, 'kernel'),
+          (loss_fn, True, 'float32'),
+          (lambda p: (loss_fn(p), 1), False, 'tuple of length 2'),
+          (lambda p: p['dense']['bias'], False, '(3,)'),
+        ]
+      ],
     ]
   ],
 ]
@@ -328,6 +348,7 @@ FITS = 'mask=jax.tree.map('
     (ValueError, [True], f'[*] & {FITS}'),
     (ValueError, lambda p: {'conv': True}, f"'conv' & {FITS}"),
     (ValueError, lambda p: False, 'mask=None'),
+    (ValueError, normalization.normalization_layers, 'mask=None'),
     (TypeError, {'dense': 'yes'}, f"mask['dense'] & 'yes' & {FITS}"),
     (TypeError, {'dense': 1}, f"mask['dense'] & 1 & {FITS}"),
     (TypeError, lambda p: p, f'(3,) & static_args & {FITS}'),

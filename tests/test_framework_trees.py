@@ -1,7 +1,7 @@
-"""Promise: biases are recognized by name in the trees of all frameworks.
+"""Promise: biases and normalization layers are found in all frameworks' trees.
 
-The lists of biases are written by hand. Where a framework initializes biases,
-and nothing else, to zero, the arrays confirm them.
+The lists are written by hand. Where a framework initializes biases, and
+nothing else, to zero, the arrays confirm them.
 """
 
 import functools
@@ -18,6 +18,18 @@ import pytest
 from optax_asam import normalization
 
 
+class Stack(linen.Module):
+  """Layers whose names are positions."""
+
+  def setup(self):
+    """Names them."""
+    self.stack = linen.Sequential([linen.Dense(4), linen.LayerNorm()])
+
+  def __call__(self, x):
+    """One after the other."""
+    return self.stack(x)
+
+
 class Linen(linen.Module):
   """One layer of each kind."""
 
@@ -30,6 +42,8 @@ class Linen(linen.Module):
     x = linen.MultiHeadDotProductAttention(2)(x)
     x = linen.RNN(linen.LSTMCell(4))(x)
     x = linen.RNN(linen.GRUCell(4))(x)
+    x = linen.GroupNorm(2)(linen.InstanceNorm()(linen.RMSNorm(name='ln_f')(x)))
+    x = linen.WeightNorm(linen.Dense(4))(Stack()(x))
     return linen.Dense(3)(x)
 
 
@@ -44,6 +58,10 @@ class Nnx(nnx.Module):
     self.lstm = nnx.RNN(nnx.LSTMCell(4, 4, rngs=rngs))
     self.optimized_lstm = nnx.RNN(nnx.OptimizedLSTMCell(4, 4, rngs=rngs))
     self.gru = nnx.RNN(nnx.GRUCell(4, 4, rngs=rngs))
+    self.norm1 = nnx.RMSNorm(4, rngs=rngs)
+    self.stack = nnx.Sequential(
+      nnx.Linear(4, 4, rngs=rngs), nnx.GroupNorm(4, 2, rngs=rngs)
+    )
     self.dense = nnx.Linear(4, 3, rngs=rngs)
 
 
@@ -57,6 +75,8 @@ class Equinox(eqx.Module):
   lstm: eqx.nn.LSTMCell
   gru: eqx.nn.GRUCell
   dense: list[eqx.nn.Linear]
+  stack: eqx.nn.Sequential
+  other: list[eqx.Module]
 
   def __init__(self, key):
     self.conv = eqx.nn.Conv2d(1, 4, 3, key=key)
@@ -73,7 +93,26 @@ class Equinox(eqx.Module):
     )
     self.lstm = eqx.nn.LSTMCell(4, 4, key=key)
     self.gru = eqx.nn.GRUCell(4, 4, key=key)
+    self.stack = eqx.nn.Sequential(
+      [eqx.nn.Linear(4, 4, key=key), eqx.nn.GroupNorm(2, 4)]
+    )
+    self.other = [
+      eqx.nn.RMSNorm(4),
+      eqx.nn.WeightNorm(eqx.nn.Linear(4, 4, key=key)),
+    ]
     self.dense = [eqx.nn.Linear(4, 4, key=key), eqx.nn.Linear(4, 3, key=key)]
+
+
+class Block(hk.Module):
+  """A module that makes another one in its constructor."""
+
+  def __init__(self):
+    super().__init__()
+    self.norm = hk.GroupNorm(2)
+
+  def __call__(self, x):
+    """Normalizes."""
+    return self.norm(x)
 
 
 def haiku(x):
@@ -86,6 +125,7 @@ def haiku(x):
   )
   for core in hk.LSTM(4), hk.GRU(4):
     x, _ = hk.dynamic_unroll(core, x, core.initial_state(2), time_major=False)
+  x = Block()(hk.RMSNorm(-1, name='bn2')(x))
   return hk.Linear(3)(hk.Bias()(x))
 
 
@@ -140,6 +180,8 @@ LINEN_BIASES = """
   MultiHeadDotProductAttention_0/out/bias
   LSTMCell_0/hi/bias LSTMCell_0/hf/bias LSTMCell_0/hg/bias LSTMCell_0/ho/bias
   GRUCell_0/ir/bias GRUCell_0/iz/bias GRUCell_0/in/bias GRUCell_0/hn/bias
+  GroupNorm_0/bias InstanceNorm_0/bias Dense_1/bias
+  Stack_0/stack/layers_0/bias Stack_0/stack/layers_1/bias
 """
 NNX_BIASES = """
   conv/bias batch_norm/bias layer_norm/bias dense/bias
@@ -147,17 +189,36 @@ NNX_BIASES = """
   attention/out/bias
   lstm/cell/hi/bias lstm/cell/hf/bias lstm/cell/hg/bias lstm/cell/ho/bias
   optimized_lstm/cell/dense_h/bias gru/cell/dense_i/bias
+  stack/layers/0/bias stack/layers/1/bias
 """
 EQUINOX_BIASES = """
   conv/bias batch_norm/bias layer_norm/bias dense/0/bias dense/1/bias
   attention/query_proj/bias attention/key_proj/bias attention/value_proj/bias
   attention/output_proj/bias lstm/bias gru/bias gru/bias_n
+  stack/layers/0/bias stack/layers/1/bias other/0/bias other/1/layer/bias
 """
 HAIKU_BIASES = """
   conv2_d/b batch_norm/offset layer_norm/offset linear/b bias/b
   multi_head_attention/query/b multi_head_attention/key/b
   multi_head_attention/value/b multi_head_attention/linear/b
-  lstm/linear/b gru/b
+  lstm/linear/b gru/b block/~/group_norm/offset
+"""
+LINEN_NORMS = """
+  BatchNorm_0/scale BatchNorm_0/bias LayerNorm_0/scale LayerNorm_0/bias
+  GroupNorm_0/scale GroupNorm_0/bias InstanceNorm_0/scale InstanceNorm_0/bias
+  ln_f/scale Stack_0/stack/layers_1/scale Stack_0/stack/layers_1/bias
+"""
+NNX_NORMS = """
+  batch_norm/scale batch_norm/bias layer_norm/scale layer_norm/bias norm1/scale
+  stack/layers/1/scale stack/layers/1/bias
+"""
+EQUINOX_NORMS = """
+  batch_norm/weight batch_norm/bias layer_norm/weight layer_norm/bias
+  stack/layers/1/weight stack/layers/1/bias other/0/weight other/0/bias
+"""
+HAIKU_NORMS = """
+  batch_norm/scale batch_norm/offset layer_norm/scale layer_norm/offset
+  bn2/scale block/~/group_norm/scale block/~/group_norm/offset
 """
 
 
@@ -173,31 +234,37 @@ def path_name(path):
   return '/'.join(names[:-1] if wrapped else names)
 
 
+def names(mask, value):
+  """The names at which the mask is ``value``."""
+  leaves = jax.tree.leaves_with_path(mask)
+  return {path_name(path) for path, leaf in leaves if leaf is value}
+
+
 @pytest.mark.parametrize(
-  ('make_params', 'biases', 'zero_biases'),
+  ('make_params', 'biases', 'norms', 'zero_biases'),
   [
-    pytest.param(linen_params, LINEN_BIASES, True, id='linen'),
-    pytest.param(nnx_params, NNX_BIASES, True, id='nnx'),
-    pytest.param(nnx_arrays, NNX_BIASES, True, id='nnx arrays'),
-    pytest.param(nnx_dict, NNX_BIASES, True, id='nnx dict'),
-    pytest.param(equinox_params, EQUINOX_BIASES, False, id='equinox'),
-    pytest.param(haiku_params, HAIKU_BIASES, True, id='haiku'),
+    pytest.param(linen_params, LINEN_BIASES, LINEN_NORMS, True, id='linen'),
+    pytest.param(nnx_params, NNX_BIASES, NNX_NORMS, True, id='nnx'),
+    pytest.param(nnx_arrays, NNX_BIASES, NNX_NORMS, True, id='nnx arrays'),
+    pytest.param(nnx_dict, NNX_BIASES, NNX_NORMS, True, id='nnx dict'),
+    pytest.param(
+      equinox_params, EQUINOX_BIASES, EQUINOX_NORMS, False, id='equinox'
+    ),
+    pytest.param(haiku_params, HAIKU_BIASES, HAIKU_NORMS, True, id='haiku'),
   ],
 )
-def test_not_bias(make_params, biases, zero_biases):
-  """False at the biases in the list, True elsewhere."""
+def test_masks(make_params, biases, norms, zero_biases):
+  """True at the leaves in the list of ``norms`` or not of biases alone."""
   params = make_params()
   mask = normalization.not_bias(params)
   assert jax.tree.structure(mask) == jax.tree.structure(params)
-  excepted = {
-    path_name(path)
-    for path, selected in jax.tree.leaves_with_path(mask)
-    if not selected
-  }
-  assert excepted == set(biases.split())
+  assert names(mask, False) == set(biases.split())
   if zero_biases:
     zeros = jax.tree.map(lambda w: bool((w == 0).all()), params)
     assert jax.tree.leaves(zeros) == [not x for x in jax.tree.leaves(mask)]
+  mask = normalization.normalization_layers(params)
+  assert jax.tree.structure(mask) == jax.tree.structure(params)
+  assert names(mask, True) == set(norms.split())
 
 
 @pytest.mark.parametrize(

@@ -20,18 +20,29 @@ SIGNATURES = {
     '(base_tx, rho=0.05, *, ord=2, mask=None, ascent_steps=1, every_k=1,'
     ' when=None, descent=None, axis_name=None, perturbed_dtype=None)'
   ),
+  optax_asam.looksam: (
+    '(base_tx, rho=0.5, eta=0.01, adaptive=True, *, every_k=5, alpha=0.1,'
+    ' ord=2, mask=None, axis_name=None, perturbed_dtype=None)'
+  ),
   optax_asam.sharpness_aware: (
     '(ascent, descent=None, *, ascent_steps=1, every_k=1, when=None,'
     ' axis_name=None, perturbed_dtype=None)'
   ),
   optax_asam.value_and_grad: (
     '(fun, argnums=0, has_aux=False, *, rho=0.5, eta=0.01, adaptive=True,'
-    ' ord=2, mask=None, ascent_steps=1, descent=None, perturbed_dtype=None)'
+    ' ord=2, mask=None, ascent_steps=1, descent=None, perturbed_dtype=None,'
+    ' ascent_fun=None)'
   ),
   optax_asam.grad: (
     '(fun, argnums=0, has_aux=False, *, rho=0.5, eta=0.01, adaptive=True,'
-    ' ord=2, mask=None, ascent_steps=1, descent=None, perturbed_dtype=None)'
+    ' ord=2, mask=None, ascent_steps=1, descent=None, perturbed_dtype=None,'
+    ' ascent_fun=None)'
   ),
+  optax_asam.momentum_asam: (
+    '(base_tx, rho=1.0, eta=0.01, adaptive=True, *, ord=2, mask=None,'
+    ' momentum=None)'
+  ),
+  optax_asam.eval_params: '(opt_state, params)',
   ascent.steepest_ascent: '(normalization, *, ord=2, mask=None)',
   ascent.rho_ball: '(rho, eta, adaptive, *, ord=2, mask=None)',
   ascent.friendly: '(sigma=1.0, decay=0.9)',
@@ -42,6 +53,7 @@ SIGNATURES = {
   normalization.filterwise: '(eta=0.01, axis=-1, mask=not_bias)',
   normalization.layerwise: '(eta=0.01, mask=not_bias)',
   normalization.not_bias: '(params)',
+  normalization.normalization_layers: '(params)',
 }
 
 
@@ -69,9 +81,18 @@ def test_names():
     if not isinstance(getattr(optax_asam, name), types.ModuleType)
   }
   functions = {f for f in SIGNATURES if exported.get(f.__name__) is f}
-  assert set(exported.values()) == functions | {optax_asam.SharpnessAwareState}
+  states = {
+    optax_asam.LookSAMState,
+    optax_asam.MomentumASAMState,
+    optax_asam.SharpnessAwareState,
+  }
+  assert set(exported.values()) == functions | states
   assert optax_asam.SharpnessAwareState._fields == (
     'step',
     'perturbed_value',
     'ascent_state',
+  )
+  assert optax_asam.LookSAMState._fields == (
+    *optax_asam.SharpnessAwareState._fields,
+    'direction',
   )

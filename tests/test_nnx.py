@@ -42,20 +42,27 @@ def loss_fn(network, x):
   return jnp.mean((y - 1) ** 2), y
 
 
+def ascent_fun(network, x):
+  """The loss of a quarter of the batch."""
+  return loss_fn(network, x[::4])
+
+
 LORA = nnx.DiffState(0, nnx.LoRAParam)
 
 
 @functools.cache
-def plain(argnums):
+def plain(argnums, fun=loss_fn):
   """One pass of the network."""
-  return nnx.jit(nnx.value_and_grad(loss_fn, argnums=argnums, has_aux=True))
+  return nnx.jit(nnx.value_and_grad(fun, argnums=argnums, has_aux=True))
 
 
 @functools.cache
-def sharpness_aware(argnums):
+def sharpness_aware(argnums, ascent_fun=None):
   """Both passes of the network."""
   return nnx.jit(
-    optax_asam.nnx.value_and_grad(loss_fn, argnums=argnums, has_aux=True)
+    optax_asam.nnx.value_and_grad(
+      loss_fn, argnums=argnums, has_aux=True, ascent_fun=ascent_fun
+    )
   )
 
 
@@ -89,6 +96,18 @@ def by_hand(network, x, argnums):
   return (out, grads), clean
 
 
+def on_part_by_hand(network, x, argnums):
+  """The same with ``ascent_fun``: all but w is that of the second pass."""
+  ascent, perturbed = nnx.clone(network), nnx.clone(network)
+  wrt = argnums.filter if isinstance(argnums, nnx.DiffState) else nnx.Param
+  params = nnx.state(network, wrt)
+  _, grads = plain(argnums, ascent_fun)(ascent, x)
+  nnx.update(perturbed, reference.perturb(params, grads))
+  result = plain(argnums)(perturbed, x)
+  nnx.update(perturbed, params)
+  return result, perturbed
+
+
 def variables(network):
   """All that a network holds, in arrays."""
   leaves = jax.tree.leaves(nnx.state(network))
@@ -114,15 +133,61 @@ def test_is_two_passes(network, x, argnums):
   assert error(grads, clean_grads) > 1e-2
 
 
-def test_in_scan(network, x):
+@pytest.mark.parametrize('argnums', [0, LORA], ids=['Param', 'LoRAParam'])
+def test_ascent_fun(network, x, argnums):
+  """Statistics and dropout counts are those of the perturbed pass, twice."""
+  expected_network = nnx.clone(network)
+  for batch in x[:2]:
+    expected, expected_network = on_part_by_hand(
+      expected_network, batch, argnums
+    )
+    params = nnx.state(network, nnx.Param)
+    result = sharpness_aware(argnums, ascent_fun)(network, batch)
+    assert error(result, expected) < 1e-6
+    assert error(variables(network), variables(expected_network)) < 1e-6
+    assert_same_bits(nnx.state(network, nnx.Param), params)
+  other_network = nnx.clone(network)
+  (_, y), grads = sharpness_aware(argnums, ascent_fun)(network, x[2])
+  (_, clean_y), other_grads = sharpness_aware(argnums)(other_network, x[2])
+  assert error(y, clean_y) > 1e-2
+  assert error(grads, other_grads) > 1e-2
+
+
+def test_ascent_fun_leaves_the_module_as_the_last_pass_does(model):
+  """New variables stay; after an error, w is not w + eps."""
+  params = jax.tree.map(jnp.array, nnx.state(model))
+  passes = []
+
+  def fun(model, x):
+    passes.append(model.kernel[...])
+    model.last_input = nnx.Cache(x)
+    if len(passes) == 4:
+      raise RuntimeError
+    return small_loss_fn(model, x)
+
+  value_and_grad_fn = optax_asam.nnx.value_and_grad(
+    fun, ascent_fun=lambda model, x: fun(model, x[:1])
+  )
+  value_and_grad_fn(model, jnp.eye(3))
+  assert error(model.last_input[...], jnp.eye(3)) == 0
+  assert error(nnx.state(model, nnx.Param), params) == 0
+  with pytest.raises(RuntimeError):
+    value_and_grad_fn(model, 2 * jnp.eye(3))
+  assert error(nnx.state(model, nnx.Param), params) == 0
+
+
+@pytest.mark.parametrize(
+  ('ascent_fun', 'by_hand'), [(None, by_hand), (ascent_fun, on_part_by_hand)]
+)
+def test_in_scan(network, x, ascent_fun, by_hand):
   """Three steps of SGD in nnx.scan are three by hand."""
 
   @nnx.jit
   @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
   def train(network, x):
-    (loss, _), grads = optax_asam.nnx.value_and_grad(loss_fn, has_aux=True)(
-      network, x
-    )
+    (loss, _), grads = optax_asam.nnx.value_and_grad(
+      loss_fn, has_aux=True, ascent_fun=ascent_fun
+    )(network, x)
     descend(network, grads)
     return network, loss
 
@@ -145,7 +210,8 @@ def descend(network, grads):
   nnx.update(network, jax.tree.map(lambda w, g: w - 0.1 * g, params, grads))
 
 
-def test_several_arguments():
+@pytest.mark.parametrize('on_part', [False, True])
+def test_several_arguments(on_part):
   """A module in part, an array and two modules in a list share one norm.
 
   The two share a variable, which counts once. Keys may be an argument of their
@@ -173,10 +239,19 @@ def test_several_arguments():
     first_out = x @ kernel['kernel'] + first.bias[...]
     return jnp.mean((scale * first_out - 1) ** 2)
 
+  ascent_fun = pure_ascent_fun = None
+  if on_part:
+    ascent_fun = lambda *args: loss_fn(*args[:2], args[2] ** 2, args[3])
+    pure_ascent_fun = lambda params: pure_loss_fn(
+      (params[0], params[1] ** 2, params[2])
+    )
+  modules = first, second, third
+  before = jax.tree.map(jnp.array, [nnx.state(module) for module in modules])
+
   kernel = nnx.DiffState(0, nnx.PathContains('kernel'))
-  value, grads = optax_asam.nnx.value_and_grad(loss_fn, (kernel, 2, 3))(
-    first, rngs, scale, [second, third]
-  )
+  value, grads = optax_asam.nnx.value_and_grad(
+    loss_fn, (kernel, 2, 3), ascent_fun=ascent_fun
+  )(first, rngs, scale, [second, third])
 
   params = (
     {'kernel': first.kernel[...]},
@@ -186,7 +261,10 @@ def test_several_arguments():
       {'bias': third.bias[...]},
     ),
   )
-  expected = optax_asam.value_and_grad(pure_loss_fn)(params)
+  expected = optax_asam.value_and_grad(
+    pure_loss_fn, ascent_fun=pure_ascent_fun
+  )(params)
+  assert error([nnx.state(module) for module in modules], before) == 0
   assert isinstance(grads, tuple)
   leaves = value, jax.tree.leaves(grads)
   assert error(leaves, (expected[0], jax.tree.leaves(expected[1]))) < 1e-6
@@ -225,6 +303,31 @@ def test_options(model, option):
   if options:
     default = optax_asam.nnx.grad(small_loss_fn)(model, x)
     assert error(grads, default) > 1e-4
+
+
+def test_options_with_ascent_fun(model):
+  """All of them at once: the same as the plain function."""
+  options = {
+    name: value for each in OPTIONS.values() for name, value in each.items()
+  }
+  graphdef, params = nnx.split(model)
+  half_loss_fn = lambda model, x: small_loss_fn(model, x[:1])
+
+  def pure(fun):
+    return lambda params: fun(nnx.merge(graphdef, params), jnp.eye(3))
+
+  expected = optax_asam.value_and_grad(
+    pure(small_loss_fn), ascent_fun=pure(half_loss_fn), **options
+  )(params)
+  result = optax_asam.nnx.value_and_grad(
+    small_loss_fn, ascent_fun=half_loss_fn, **options
+  )(model, jnp.eye(3))
+  grads = optax_asam.nnx.grad(
+    small_loss_fn, ascent_fun=half_loss_fn, **options
+  )(model, x=jnp.eye(3))
+  assert error(result, expected) < 1e-6
+  assert error(grads, expected[1]) < 1e-6
+  assert error(nnx.state(model), params) == 0
 
 
 def test_mask_is_a_state(model):
@@ -271,8 +374,11 @@ def test_keywords(model):
 def test_variable():
   """It may be an argument by itself."""
   loss_fn = lambda w: jnp.sum(w[...] ** 2)
-  grads = optax_asam.nnx.grad(loss_fn)(nnx.Param(jnp.array([3.0, 4.0])))
-  np.testing.assert_allclose(grads[...], [7.477, 11.494], atol=1e-3)
+  for ascent_fun in (None, loss_fn):
+    w = nnx.Param(jnp.array([3.0, 4.0]))
+    grads = optax_asam.nnx.grad(loss_fn, ascent_fun=ascent_fun)(w)
+    np.testing.assert_allclose(grads[...], [7.477, 11.494], atol=1e-3)
+    np.testing.assert_array_equal(w[...], [3, 4])
 
 
 @pytest.mark.skipif(
@@ -281,11 +387,18 @@ def test_variable():
 @pytest.mark.parametrize('mode', ['set_graph_mode', 'set_graph_updates'])
 def test_tree_mode(model, mode):
   """The gradient is a module, as from nnx.grad."""
-  expected = optax_asam.nnx.grad(small_loss_fn)(model, jnp.eye(3))
-  with getattr(nnx, mode)(False):
-    grads = optax_asam.nnx.grad(small_loss_fn)(model, jnp.eye(3))
-  assert isinstance(grads, nnx.Linear)
-  assert error(nnx.state(grads), expected) < 1e-6
+  half_loss_fn = lambda model, x: small_loss_fn(model, x[:1])
+  params = jax.tree.map(jnp.array, nnx.state(model))
+  for ascent_fun in (None, half_loss_fn):
+    make_grad_fn = functools.partial(
+      optax_asam.nnx.grad, small_loss_fn, ascent_fun=ascent_fun
+    )
+    expected = make_grad_fn()(model, jnp.eye(3))
+    with getattr(nnx, mode)(False):
+      grads = make_grad_fn()(model, jnp.eye(3))
+    assert isinstance(grads, nnx.Linear)
+    assert error(nnx.state(grads), expected) < 1e-6
+    assert error(nnx.state(model), params) == 0
 
 
 @pytest.mark.parametrize(

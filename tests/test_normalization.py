@@ -130,6 +130,80 @@ def test_not_bias():
   assert normalization.not_bias(x) is True
 
 
+def test_normalization_layers():
+  """The layer's name, class or position decides, and its parameters."""
+  x = jnp.ones(2)
+  norm = {'scale': x, 'bias': x}
+  names = ('BatchNorm_0', 'RMSNorm', 'block/~/batch_norm_1', 'norm', 'norm1')
+  names += ('bn1', 'ln_f', 'GN', 'input_layernorm', 'batch_normalization')
+  names += ('layers.0.norm', 'layernorm_before', 'pre_norm', 'layers_1')
+  others = ('WeightNorm_0', 'spectral_norm', 'normal', 'in', 'norma', 'ls1')
+  others += ('LayerNormLSTMCell_0/hi', 'lnorma', 'column', 'layers_x')
+  params = {
+    'norms': {
+      **dict.fromkeys(names, norm),
+      'haiku': {'layer_norm': {'scale': x, 'offset': x}},
+      'keras': {'batch_normalization': {'gamma': x, 'beta': x}},
+      'torch': {'norms': [{'weight': x, 'bias': x}]},
+      'tuples': {('net', 'norm', 'scale'): x},
+      'joined': {'net/norm/bias': x},
+      'listed': [norm, {'scale': x}],
+      'variable': {'norm': {'scale': {'value': x}}},
+    },
+    'others': {
+      **dict.fromkeys(others, norm),
+      'norm': {'kernel': x, 'bias': x},
+      'norm_block': {'dense': {'kernel': x, 'bias': x}},
+      'layers_2': {'kernel': x, 'bias': x},
+      'listed': [{'weight': x, 'bias': x}, {'bias': x}],
+      'scale': x,
+      'weight': [x],
+    },
+  }
+  expected = {
+    'norms': jax.tree.map(lambda _: True, params['norms']),
+    'others': jax.tree.map(lambda _: False, params['others']),
+  }
+  assert normalization.normalization_layers(params) == expected
+  assert normalization.normalization_layers(norm) == {
+    'scale': False,
+    'bias': False,
+  }
+  for unnamed in (x, [x]):
+    assert not any(jax.tree.leaves(normalization.normalization_layers(unnamed)))
+
+
+class RMSNorm(NamedTuple):
+  """A class whose name is that of a normalization layer."""
+
+  weight: jax.Array
+  kernel: jax.Array
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Closed(list):
+  """A container with keys that lead nowhere."""
+
+  def tree_flatten_with_keys(self):
+    """With the name of an attribute that it lacks."""
+    return [(jax.tree_util.GetAttrKey('norm'), self[0])], None
+
+  @classmethod
+  def tree_unflatten(cls, _, children):
+    """From its only child."""
+    return cls(children)
+
+
+def test_normalization_layers_of_classes():
+  """The class of a layer decides even where its name says nothing."""
+  x = jnp.ones(2)
+  params = {'a': RMSNorm(x, x), 'b': Layer(x, x), 'c': Closed([{'scale': x}])}
+  mask = normalization.normalization_layers(params)
+  assert mask['a'] == RMSNorm(True, False)
+  assert mask['b'] == Layer(False, False)
+  assert mask['c'][0] == {'scale': True}
+
+
 def test_callable_mask_of_bools():
   """A module that is callable itself is a mask if its leaves are bools."""
 

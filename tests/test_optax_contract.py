@@ -15,6 +15,7 @@ import pytest
 
 from optax_asam import asam
 from optax_asam import ascent
+from optax_asam import looksam
 from optax_asam import sam
 from optax_asam import sharpness_aware
 from tests.helpers.cases import ASCENTS
@@ -186,7 +187,10 @@ def test_compiled_once_and_restored(name, tmp_path):
 
 @pytest.mark.parametrize('base', BASES)
 def test_init_and_map_params(base):
-  """``eval_shape`` works, and ``map_params`` maps the base's state alone."""
+  """``eval_shape`` works, and ``map_params`` maps what is like params.
+
+  That is the base's state, and the direction of LookSAM.
+  """
   params, add_one = make_params(), lambda x: x + 1
   base_tx = BASES[base]()
   if base in UNMAPPED:
@@ -200,7 +204,10 @@ def test_init_and_map_params(base):
     state, abstract = tx.init(params), jax.eval_shape(tx.init, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(abstract, state)
     mapped = optax.tree.map_params(tx, add_one, state)
-    assert_same_bits(mapped, (state[0], of_base))
+    own = state[0]
+    if hasattr(own, 'direction'):
+      own = own._replace(direction=jax.tree.map(add_one, own.direction))
+    assert_same_bits(mapped, (own, of_base))
 
 
 def spy(seen, name=None):
@@ -274,6 +281,16 @@ INJECTED = {
       sam, static_args=[a for a in STATIC_ARGS if a != 'adaptive']
     )(SGD, RHO),
     lambda rho: sam(SGD, rho),
+  ),
+  'looksam': (
+    optax.inject_hyperparams(
+      looksam,
+      static_args=[
+        a for a in STATIC_ARGS if a not in ('ascent_steps', 'descent')
+      ],
+    )(SGD, RHO, ETA, every_k=1),
+    # A compiled branch, as with every_k=2, would fold a number: an ulp.
+    lambda rho: looksam(SGD, rho, ETA, every_k=1),
   ),
   'sharpness_aware': (
     optax.chain(sharpness_aware(INJECTED_BALL), SGD),

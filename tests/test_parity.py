@@ -11,6 +11,7 @@ import pytest
 import optax_asam
 from optax_asam import asam
 from optax_asam import ascent
+from optax_asam import looksam
 from optax_asam import normalization
 from optax_asam import sam
 from tests.helpers import network
@@ -105,6 +106,7 @@ def test_rho_zero_is_the_base(base):
   for result in (
     train(asam(make(), 0.0)),
     train(sam(make(), 0.0)),
+    train(looksam(make(), 0.0)),
     train(make(), estimator=estimator),
   ):
     assert_same_bits(result, plain)

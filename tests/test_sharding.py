@@ -16,6 +16,8 @@ import optax
 import pytest
 
 from optax_asam import asam
+from optax_asam import looksam
+from optax_asam import momentum_asam
 from tests.helpers import network
 from tests.helpers.support import SHARDY
 from tests.helpers.support import error
@@ -97,11 +99,14 @@ def init(tx, params, mesh):
   )
 
 
-def make_tx(ord):
-  """ASAM around SGD with momentum; at p = inf rho is relative to weights."""
-  return asam(
-    optax.sgd(0.1, momentum=0.9), rho=0.5 if ord == 2 else 0.05, ord=ord
-  )
+SGD = optax.sgd(0.1, momentum=0.9)
+# At p = inf rho is relative to weights.
+TRANSFORMATIONS = {
+  'asam': asam(SGD),
+  'asam, p = inf': asam(SGD, 0.05, ord=np.inf),
+  'looksam': looksam(SGD, every_k=2),
+  'momentum_asam': momentum_asam(SGD, rho=0.5),
+}
 
 
 def assert_split_like(tree, params, mesh, specs):
@@ -119,9 +124,9 @@ def assert_split_like(tree, params, mesh, specs):
 
 
 @functools.cache
-def one_device(ord):
+def one_device(name):
   """Parameters, state and the gradient before, of each step on one device."""
-  tx = make_tx(ord)
+  tx = TRANSFORMATIONS[name]
   params = network.make_params(np.float64)
   step, carry = make_train_step(tx), (params, tx.init(params))
   results = []
@@ -131,9 +136,9 @@ def one_device(ord):
   return results
 
 
-@pytest.mark.parametrize('ord', [2, np.inf])
+@pytest.mark.parametrize('tx_name', TRANSFORMATIONS)
 @pytest.mark.parametrize('name', LAYOUTS)
-def test_layout(x64, name, ord):
+def test_layout(x64, name, tx_name):
   """One step and ten are those of one device, and shardings are kept."""
   layout = LAYOUTS[name]
   if layout.explicit and not hasattr(jax.sharding, 'AxisType'):
@@ -147,7 +152,7 @@ def test_layout(x64, name, ord):
       lambda x: jax.sharding.reshard(x, NamedSharding(mesh, P())), tree
     )
 
-  tx = make_tx(ord)
+  tx = TRANSFORMATIONS[tx_name]
   params = jax.device_put(
     network.make_params(np.float64),
     {leaf: NamedSharding(mesh, spec) for leaf, spec in layout.params.items()},
@@ -160,12 +165,14 @@ def test_layout(x64, name, ord):
   if not SHARDY:  # Results that are not laid out may be split further.
     out_shardings = jax.tree.map(lambda x: x.sharding, (*carry, params))
   step = make_train_step(tx, gather, out_shardings)
-  # Parameters, as many of momentum, and three scalars.
-  assert assert_split_like(carry, params, mesh, layout.params) == 11
-  for i, expected in enumerate(one_device(ord)):
+  # Parameters, as many of momentum, of a direction or a perturbation, and
+  # scalars.
+  num_leaves = {'looksam': 15, 'momentum_asam': 13}.get(tx_name, 11)
+  assert assert_split_like(carry, params, mesh, layout.params) == num_leaves
+  for i, expected in enumerate(one_device(tx_name)):
     *carry, grads = step(*carry, batch)
     assert_split_like((carry, grads), params, mesh, layout.params)
-    if ord == np.inf:
+    if tx_name.endswith('inf'):
       network.assert_signs_are_certain(expected[2])
     if i in (0, STEPS - 1):
       assert error((*carry, grads), expected) < 1e-12

@@ -54,6 +54,8 @@ class CNN(nn.Module):
   channels: Sequence[int] = (16, 32)
   hidden_size: int = 128
   batch_norm: bool = False
+  # By default, that of JAX; see flax.linen.Conv.
+  conv_general_dilated: Any = None
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
@@ -66,6 +68,7 @@ class CNN(nn.Module):
         strides=2,
         padding=1,
         use_bias=not self.batch_norm,
+        conv_general_dilated=self.conv_general_dilated,
       )(x)
       if self.batch_norm:
         x = resnet.batch_norm(train)(x)

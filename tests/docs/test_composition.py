@@ -16,6 +16,7 @@ import pytest
 
 import optax_asam
 from optax_asam import asam
+from optax_asam import looksam
 from optax_asam import normalization
 from tests.helpers import pages
 from tests.helpers.support import assert_same_bits
@@ -308,10 +309,54 @@ def test_non_finite_around(row, bad):
   assert finite == (bad == 'both passes')
 
 
+def looksam_grads(batches, before=lambda g: g, w=W, update=lambda g: 0):
+  """The gradients that LookSAM descends, the second one in the first alone."""
+  grads = []
+  for i, batch in enumerate(batches):
+    g = before(clean_grad(w, batch))
+    if i == 0:
+      grads.append(sharp_grad(w, batch))
+      g_v = grads[0] - (g @ grads[0]) / (g @ g) * g
+      direction = g_v / np.linalg.norm(g_v)
+    else:
+      grads.append(g + 0.1 * np.linalg.norm(g) * direction)
+    w = w + update(grads[-1])
+  return grads
+
+
+LOOKSAM = {
+  'looksam': (lambda g: g, lambda g: g),
+  'looksam, clipping inside': (lambda g: g, clipped),
+  'looksam, clipping before': (clipped, lambda g: g),
+}
+
+
+@pytest.mark.parametrize('row', LOOKSAM)
+def test_looksam(x64, row):
+  """A second gradient, and its direction used again."""
+  before, inside = LOOKSAM[row]
+  update = lambda g: -0.1 * inside(g)
+  grads = looksam_grads(BATCHES[:2], before, update=update)
+  for got, g in zip(run(piece(row)['tx'], BATCHES[:2])[0], grads, strict=True):
+    assert_close(got, update(g))
+
+
+def test_looksam_in_python(x64):
+  """Two steps chosen in Python are LookSAM."""
+  names = {'params': as_tree(W), 'state': looksam(SGD).init(as_tree(W))}
+  for i, batch in enumerate(BATCHES):
+    names = piece('looksam, in Python', **names, i=i, k=3, batch=batch)
+    names = {name: names[name] for name in ('params', 'state')}
+  tx = looksam(SGD, every_k=3)
+  assert_close(names['params'], ravel_pytree(run(tx, BATCHES)[1])[0])
+
+
 ACCUMULATED = {
   'MultiSteps, inside': np.mean([sharp_grad(W, b) for b in BATCHES], axis=0),
   'MultiSteps, around': sharp_grad(W, BATCHES[-1], clean_grad(W, WHOLE_BATCH)),
+  'looksam, MultiSteps inside': np.mean(looksam_grads(BATCHES), axis=0),
 }
+ACCUMULATED['looksam, MultiSteps around'] = ACCUMULATED['MultiSteps, around']
 
 
 @pytest.mark.parametrize('row', ACCUMULATED)
@@ -347,6 +392,24 @@ def test_microbatch(row):
     params, tx.init(params), jax.tree.map(jnp.asarray, WHOLE_BATCH)
   )
   assert_close(updates, -0.1 * MICROBATCHED[row])
+
+
+@pytest.mark.parametrize(
+  'row', ['part of the batch', 'part of the batch, with every_k']
+)
+def test_part_of_the_batch(row):
+  """Two updates: the second one is skipped if every_k is 2."""
+  skips = row.endswith('every_k')
+  tx = piece(row)['tx'] if skips else asam(SGD)
+  params = as_tree(W)
+  names = {'tx': tx, 'params': params, 'state': tx.init(params)}
+  part = [array[::4] for array in WHOLE_BATCH]
+  part_grad = clean_grad(W, part)
+  sharp = sharp_grad(W, WHOLE_BATCH, part_grad)
+  for expected in (sharp, part_grad if skips else sharp):
+    batch = jax.tree.map(jnp.asarray, WHOLE_BATCH)
+    names = piece('part of the batch', **{**names, 'batch': batch})
+    assert_close(names['updates'], -0.1 * expected)
 
 
 def test_scan():
@@ -556,11 +619,14 @@ ROWS = {
   *(*STEPS, *ERRORS, *ACCUMULATED, *MICROBATCHED, *LOOKAHEAD, *RECORDED),
   *('apply_if_finite, inside', 'apply_if_finite, around'),
   *('skip_not_finite, inside', 'skip_not_finite, around'),
+  *('looksam, clipping inside', 'looksam, clipping before'),
   *('schedule_free, inside', 'inject_hyperparams, around', *LINE_SEARCHES),
+  *('part of the batch', 'part of the batch, with every_k'),
 }
 OTHERS = {
   *('schedule_free', 'scan', 'value_fn', 'state'),
   *('every_k', 'when', 'every_k, in Python'),
+  *('looksam', 'looksam, in Python'),
 }
 
 

@@ -16,6 +16,7 @@ import scipy.stats
 
 from experiments import models
 from experiments.models import resnet
+from experiments.models import vit
 from tests.helpers.support import error
 
 
@@ -242,10 +243,14 @@ def randomized(model, images):
   [
     (models.MLP(3, hidden_sizes=(5, 4)), apply_mlp),
     (models.CNN(3, channels=(2, 4), hidden_size=5), apply_cnn),
+    (
+      models.CNN(3, (2, 4), 5, conv_general_dilated=vit.convolve),
+      apply_cnn,
+    ),
     (resnet.ResNet(3, depth=14), apply_resnet),
     (resnet.WideResNet(3, depth=16, widening=2), apply_wide_resnet),
   ],
-  ids=['mlp', 'cnn', 'resnet', 'wide_resnet'],
+  ids=['mlp', 'cnn', 'cnn_of_products', 'resnet', 'wide_resnet'],
 )
 def test_against_numpy(model, apply_reference, x64):
   """Logits agree, and statistics after training; in evaluation they stay."""

@@ -7,6 +7,7 @@ import subprocess
 import numpy as np
 
 from experiments import config
+from experiments.paper import budget
 from experiments.paper import correlation
 from experiments.paper import imagenet
 from experiments.paper import tables
@@ -102,6 +103,7 @@ def test_commands():
     ['bash', '-euc', stubs + script], capture_output=True, text=True, check=True
   ).stdout.splitlines()
   parsers = {
+    'experiments.paper.budget': budget.make_parser(),
     'experiments.paper.imagenet': imagenet.make_parser(),
     'experiments.paper.translation': translation.make_parser(),
   }

@@ -12,6 +12,7 @@ import optax
 
 from optax_asam import asam
 from optax_asam import ascent
+from optax_asam import looksam
 from optax_asam import normalization
 from optax_asam import sam
 from optax_asam import sharpness_aware
@@ -94,6 +95,7 @@ WRAPPERS = {
     every_k=2,
     descent=DESCENTS['linear'],
   ),
+  'looksam': lambda base_tx: looksam(base_tx, 0.3, every_k=2),
 }
 
 # At learning rates that lead to the targets of test_convergence.py.

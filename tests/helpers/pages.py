@@ -12,6 +12,8 @@ import optax
 
 import optax_asam
 from optax_asam import asam
+from optax_asam import looksam
+from optax_asam import momentum_asam
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / 'docs'
@@ -19,6 +21,8 @@ NAMESPACE = {
   'asam': asam,
   'jax': jax,
   'jnp': jnp,
+  'looksam': looksam,
+  'momentum_asam': momentum_asam,
   'optax': optax,
   'optax_asam': optax_asam,
 }

@@ -92,6 +92,22 @@ def perturb(params, grads, rho=0.5, eta=0.01):
   )
 
 
+def squared_error(params, batch):
+  """The loss of a dense layer, on NumPy or JAX arrays."""
+  x, y = batch
+  return ((x @ params['kernel'] + params['bias'] - y) ** 2).mean()
+
+
+def squared_error_grad(params, batch):
+  """The gradient of ``squared_error``."""
+  x, y = batch
+  residual = x @ params['kernel'] + params['bias'] - y
+  return {
+    'kernel': 2 * x.T @ residual / residual.size,
+    'bias': 2 * residual.sum(0) / residual.size,
+  }
+
+
 CURVATURE = {'kernel': 0.7, 'bias': 1.3}
 
 

@@ -1,0 +1,215 @@
+"""Accuracy for the money: what each method costs, and what it buys.
+
+::
+
+    python -m experiments.paper.budget
+
+Trains every method of ``budget_methods`` on every task of ``budget_tasks``. The
+values of a method, such as rho, are chosen among as many candidates each, by
+the accuracy on held-out data with seeds of their own; then the method is
+trained with the seeds of the results, and the test data are read.
+
+Finished runs are kept in ``--out``: repeat the command to resume. With
+``--minutes``, the program stops in time. On a GPU, many runs train at once; on
+CPU, each runs on its own, with the same results up to rounding.
+"""
+
+import argparse
+from collections.abc import Iterable
+from collections.abc import Sequence
+import json
+import math
+from pathlib import Path
+import time
+from typing import Any
+
+import jax
+
+from experiments import cli
+from experiments import data
+from experiments.paper import budget_comparison
+from experiments.paper import budget_methods
+from experiments.paper import budget_report
+from experiments.paper import budget_tasks
+from experiments.paper import budget_training
+from experiments.report import records
+
+CONFIG = 'config.json'
+RESULTS = 'results.json'
+FIGURE = 'budget.png'
+
+
+def make_parser() -> cli.Parser:
+  """The options."""
+  parser = cli.Parser(
+    prog='budget', description='Compares accuracy and cost of methods.'
+  )
+  add = parser.add_argument
+  names = budget_tasks.TASKS, budget_methods.METHODS
+  for option, choices in zip(('--tasks', '--methods'), names, strict=True):
+    add(
+      option,
+      type=cli.checked(
+        lambda text: text.split(','),
+        lambda given, choices=choices: set(given) <= set(choices),
+        f'some of {",".join(choices)}',
+        ','.join(list(choices)[:2]),
+      ),
+      default=list(choices),
+      help='which ones, separated by commas (all)',
+    )
+  add('--seeds', type=cli.count(5), default=5, help='of the results (5)')
+  add('--search-seeds', type=cli.count(2), default=2, help='of the search (2)')
+  add('--data-dir', type=Path, help='folder with the files of Fashion-MNIST')
+  add('--out', type=Path, default=Path('out/budget'), help='for results')
+  add('--minutes', type=cli.positive(8), help='when to stop (never)')
+  add('--lanes', type=cli.count(20), help='runs at once (1 on CPU, else 20)')
+  add('--threads', type=cli.count(8), help='to compile ahead (none on CPU)')
+  add('--commit', help='of a copy of the code without its repository')
+  return parser
+
+
+def make_config(args: argparse.Namespace) -> dict[str, Any]:
+  """What the results depend on."""
+  return records.to_json(
+    {
+      'seeds': list(range(args.seeds)),
+      'search_seeds': list(range(args.seeds, args.seeds + args.search_seeds)),
+      'tasks': {
+        name: {
+          'train_size': task.train_size,
+          'epochs': task.epochs,
+          'batch_size': task.recipe.batch_size,
+          'label_noise': task.label_noise,
+          'augment': task.augment,
+          'weight_decay': task.recipe.weight_decay,
+          'candidates': {
+            each: budget_methods.candidates(method, task.recipe)
+            for each, method in budget_methods.METHODS.items()
+          },
+        }
+        for name, task in budget_tasks.TASKS.items()
+      },
+    }
+  )
+
+
+def read(
+  parser: cli.Parser, out: Path, config: dict[str, Any]
+) -> dict[str, Any]:
+  """The results so far; exits if they are of other settings."""
+  path = out / RESULTS
+  if not path.exists():
+    return {'config': config, 'tasks': {}}
+  results = json.loads(path.read_text())
+  if results['config'] != config:
+    parser.error(
+      f"argument --out: '{out}' holds results of other settings than this"
+      f' program has now. Remove it, or write another --out.'
+    )
+  return results
+
+
+def load(
+  parser: cli.Parser, args: argparse.Namespace, deadline: float
+) -> tuple[dict[str, data.Dataset], dict[str, budget_training.Trainer]]:
+  """The data set and the trainer of each task."""
+  on_cpu = jax.default_backend() == 'cpu'
+  datasets, trainers, by_data = {}, {}, {}
+  for name in args.tasks:
+    read_data = budget_tasks.TASKS[name].load
+    try:
+      datasets[name] = read_data(args.data_dir)
+    except data.DataError as error:
+      parser.error(str(error))
+    # One for all tasks of a data set: they share compiled programs.
+    if read_data not in by_data:
+      by_data[read_data] = budget_training.Trainer(
+        datasets[name],
+        max_lanes=args.lanes or (1 if on_cpu else 20),
+        deadline=deadline,
+        threads=args.threads or (0 if on_cpu else 8),
+      )
+    trainers[name] = by_data[read_data]
+  return datasets, trainers
+
+
+def train(
+  parser: cli.Parser,
+  argv: Sequence[str],
+  args: argparse.Namespace,
+  config: dict[str, Any],
+  results: dict[str, Any],
+) -> dict[str, Any]:
+  """Trains what is missing, and returns the results."""
+  deadline = time.monotonic() + 60 * (args.minutes or math.inf)
+  datasets, trainers = load(parser, args, deadline)
+  args.out.mkdir(parents=True, exist_ok=True)
+  started = args.out / CONFIG
+  records.write_started(started, config)
+  provenance = records.provenance('experiments.paper.budget', argv, started)
+  provenance['commit'] = provenance['commit'] or args.commit
+  results = {
+    **provenance,
+    'complete': False,
+    'config': config,
+    'tasks': results['tasks'],
+  }
+  comparison = budget_comparison.Comparison(
+    args.out / RESULTS, results, trainers, datasets
+  )
+  work = missing(results, args.tasks, args.methods)
+  try:
+    for each in work:
+      comparison.prepare(*each)
+    for each in work:
+      comparison.run(*each)
+  except budget_training.OutOfTime:
+    print('Out of time. To go on, repeat the command.')
+  finally:
+    for trainer in trainers.values():
+      trainer.close()
+    results['complete'] = not missing(
+      results, budget_tasks.TASKS, budget_methods.METHODS
+    )
+    comparison.write()
+  return results
+
+
+def missing(
+  results: dict[str, Any], tasks: Iterable[str], methods: Iterable[str]
+) -> list[tuple[str, str]]:
+  """The tasks and methods that have no results yet."""
+
+  def is_missing(task, method):
+    found = results['tasks'].get(task, {'methods': {}})['methods']
+    recipe = budget_tasks.TASKS[task].recipe
+    return budget_methods.METHODS[method].is_applicable(
+      recipe
+    ) and 'summary' not in found.get(method, {})
+
+  return [
+    (task, method)
+    for task in tasks
+    for method in methods
+    if is_missing(task, method)
+  ]
+
+
+def main(argv: Sequence[str]) -> None:
+  """Trains what is not in ``--out`` yet, and prints the tables."""
+  parser = make_parser()
+  args = parser.parse_args(argv)
+  config = make_config(args)
+  results = read(parser, args.out, config)
+  if missing(results, args.tasks, args.methods):
+    results = train(parser, argv, args, config, results)
+  if not budget_report.tables(results):
+    return
+  with records.replacing(args.out / FIGURE) as partial:
+    budget_report.draw(results).savefig(partial, format='png')
+  print('\n\n'.join(budget_report.tables(results).values()))
+
+
+if __name__ == '__main__':
+  cli.run(main)

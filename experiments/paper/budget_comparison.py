@@ -1,0 +1,150 @@
+"""The runs of ``experiments.paper.budget``, and the file that keeps them."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments import data
+from experiments.paper import budget_lanes
+from experiments.paper import budget_methods
+from experiments.paper import budget_report
+from experiments.paper import budget_tasks
+from experiments.paper import budget_training
+from experiments.paper.budget_lanes import Lane
+from experiments.report import records
+
+
+class Comparison:
+  """The runs of all tasks and methods, and the file of their results.
+
+  Args:
+    path: The file.
+    results: What it holds so far; changed in place.
+    trainers: A trainer for each task.
+    datasets: The data set of each task.
+  """
+
+  def __init__(
+    self,
+    path: Path,
+    results: dict[str, Any],
+    trainers: dict[str, budget_training.Trainer],
+    datasets: dict[str, data.Dataset],
+  ):
+    self._path = path
+    self.results = results
+    self._trainers, self._datasets = trainers, datasets
+
+  def entry(self, task_name: str, name: str) -> dict[str, Any]:
+    """The results of a method on a task, with the runs that are finished."""
+    task = budget_tasks.TASKS[task_name]
+    method = budget_methods.METHODS[name]
+    found = self.results['tasks'].setdefault(
+      task_name, {'title': task.title, 'methods': {}}
+    )
+    return found['methods'].setdefault(
+      name,
+      {
+        'title': method.title,
+        'gradients_per_step': method.gradients,
+        'epochs': method.epochs,
+        'names': list(method.names),
+        'search': [],
+        'runs': [],
+      },
+    )
+
+  def lanes(self, task_name: str, name: str) -> tuple[list[Lane], int]:
+    """The lanes of the search, and the number of those of the results."""
+    task = budget_tasks.TASKS[task_name]
+    config = self.results['config']
+    candidates = budget_methods.candidates(
+      budget_methods.METHODS[name], task.recipe
+    )
+    search = [
+      Lane(seed, values)
+      for values in candidates
+      for seed in config['search_seeds']
+      if len(candidates) > 1
+    ]
+    return search, len(config['seeds'])
+
+  def prepare(self, task_name: str, name: str) -> None:
+    """Starts to compile what a method needs."""
+    search, num_lanes = self.lanes(task_name, name)
+    task = budget_tasks.TASKS[task_name]
+    trainer = self._trainers[task_name]
+    if search:
+      trainer.prepare(task, name, len(search))
+    trainer.prepare(task, name, num_lanes)
+
+  def run(self, task_name: str, name: str) -> None:
+    """Chooses the values of a method, trains with them, and reads the test."""
+    entry = self.entry(task_name, name)
+    search, _ = self.lanes(task_name, name)
+    self._train(task_name, name, search, entry['search'], is_search=True)
+    values = budget_report.choose(entry['search']) if search else (0.0, 0.0)
+    lanes = [Lane(seed, values) for seed in self.results['config']['seeds']]
+    self._train(task_name, name, lanes, entry['runs'], is_search=False)
+    entry['summary'] = budget_report.summarize(entry)
+    self.write()
+    print(budget_report.line(task_name, entry), flush=True)
+
+  def _train(self, task_name, name, lanes, done, *, is_search):
+    """Trains the lanes that are not done, and appends what is measured."""
+    task = budget_tasks.TASKS[task_name]
+    trainer, dataset = self._trainers[task_name], self._datasets[task_name]
+    keys = {(run['seed'], *run['values']) for run in done}
+    left = [lane for lane in lanes if (lane.seed, *lane.values) not in keys]
+    for group in trainer.groups(left) if left else []:
+      trained = trainer.train(task, name, group)
+
+      def predict(split, params=trained.params):
+        return budget_lanes.logits(
+          task.recipe.model, dataset.preprocess, params, split.images
+        )
+
+      measured = list(zip(group, predict(dataset.held_out), strict=True))
+      tested = [{}] * len(group)
+      if not is_search:
+        tested = [
+          {
+            f'test_{what}': value
+            for what, value in budget_report.measure(
+              logits, dataset.test.labels
+            ).items()
+          }
+          for logits in predict(dataset.test)
+        ]
+      for (lane, logits), test in zip(measured, tested, strict=True):
+        if (lane.seed, *lane.values) in keys:
+          continue  # Repeated to fill the group.
+        keys.add((lane.seed, *lane.values))
+        noisy = budget_training.noisy_labels(dataset, task, [lane.seed])
+        found = budget_report.measure(logits, noisy.held_out.labels[0])
+        done.append(
+          {
+            'seed': lane.seed,
+            'values': list(lane.values),
+            'held_out_accuracy': found['accuracy'],
+            'seconds_per_step': trained.seconds_per_step,
+            'device': jax.devices()[0].device_kind,
+            **test,
+          }
+        )
+      self.write()
+
+  def write(self) -> None:
+    """Writes the results so far, in the order of tasks and methods."""
+    by_task = self.results['tasks']
+    self.results['tasks'] = {
+      name: by_task[name] for name in budget_tasks.TASKS if name in by_task
+    }
+    for task in self.results['tasks'].values():
+      task['methods'] = {
+        name: task['methods'][name]
+        for name in budget_methods.METHODS
+        if name in task['methods']
+      }
+    records.write_json(self._path, self.results)

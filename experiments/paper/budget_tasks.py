@@ -1,0 +1,139 @@
+"""What ``experiments.paper.budget`` trains: data, model and recipe by name."""
+
+from collections.abc import Callable
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import chex
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments import data
+from experiments import models
+from experiments.models import vit
+
+# From the number of steps and a weight decay to an optimizer; both may be
+# traced.
+MakeTx = Callable[
+  [chex.Numeric, float | jax.Array], optax.GradientTransformationExtraArgs
+]
+
+
+def cosine(lr: float, num_steps: chex.Numeric) -> optax.Schedule:
+  """A cosine schedule from ``lr`` to zero, whose length may be traced."""
+  return lambda step: lr / 2 * (1 + jnp.cos(jnp.pi * step / num_steps))
+
+
+def adamw(
+  num_steps: chex.Numeric, weight_decay: float | jax.Array
+) -> optax.GradientTransformationExtraArgs:
+  """AdamW with clipping."""
+  return optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.adamw(cosine(1e-3, num_steps), weight_decay=weight_decay),
+  )
+
+
+def sgd(
+  num_steps: chex.Numeric, weight_decay: float | jax.Array
+) -> optax.GradientTransformationExtraArgs:
+  """SGD with momentum, that of the comparisons of the CNN."""
+  return optax.chain(
+    optax.add_decayed_weights(weight_decay),
+    optax.sgd(cosine(0.03, num_steps), momentum=0.9),
+  )
+
+
+class Recipe(NamedTuple):
+  """A model and its optimizer. Tasks of a recipe share compiled programs.
+
+  Attributes:
+    model: The model.
+    make_tx: Makes the base optimizer.
+    weight_decay: The weight decay of all methods but the one that tunes it.
+    weight_decays: The candidates of that one.
+    rho_scale: What the candidates for rho of all methods are multiplied by.
+    batch_size: The number of examples of a step.
+    has_normalization: Whether the model has normalization layers.
+  """
+
+  model: nn.Module
+  make_tx: MakeTx
+  weight_decay: float
+  weight_decays: tuple[float, ...]
+  rho_scale: float = 1.0
+  batch_size: int = 128
+  has_normalization: bool = False
+
+
+class Task(NamedTuple):
+  """A training set for a recipe.
+
+  Attributes:
+    title: What it is, for tables.
+    recipe: The recipe.
+    load: From the folder of the files, or None, to the data set.
+    train_size: The number of its training examples that are used.
+    epochs: The number of epochs, except for a method that takes more.
+    label_noise: The fraction of labels that are replaced.
+    augment: Whether examples are augmented, if the data set says how.
+  """
+
+  title: str
+  recipe: Recipe
+  load: Callable[[Path | None], data.Dataset]
+  train_size: int
+  epochs: int
+  label_noise: float = 0.0
+  augment: bool = False
+
+
+VIT = Recipe(
+  model=vit.ViT(10),
+  make_tx=adamw,
+  weight_decay=1e-4,
+  weight_decays=(0.03, 0.1, 0.3, 1.0),
+  has_normalization=True,
+)
+CNN = Recipe(
+  model=models.CNN(10, conv_general_dilated=vit.convolve),
+  make_tx=sgd,
+  weight_decay=5e-4,
+  weight_decays=(1e-3, 2e-3, 5e-3, 1e-2),
+  rho_scale=2.0,
+)
+
+
+@functools.cache
+def fashion_mnist(data_dir: Path | None) -> data.Dataset:
+  """The training images that every task draws on, so that shapes agree."""
+  return data.fashion_mnist(data_dir, 10_000)
+
+
+TASKS: dict[str, Task] = {
+  'vit-2000': Task(
+    'ViT, 2,000 images', VIT, fashion_mnist, train_size=2000, epochs=60
+  ),
+  'cnn-noise-40': Task(
+    'CNN, 10,000 images, 40 % label noise',
+    CNN,
+    fashion_mnist,
+    train_size=10_000,
+    epochs=30,
+    label_noise=0.4,
+  ),
+  'vit-10000': Task(
+    'ViT, 10,000 images', VIT, fashion_mnist, train_size=10_000, epochs=60
+  ),
+  'vit-10000-augmented': Task(
+    'ViT, 10,000 images, augmented',
+    VIT,
+    fashion_mnist,
+    train_size=10_000,
+    epochs=60,
+    augment=True,
+  ),
+}

@@ -1,0 +1,216 @@
+"""Trains runs of a method, as many lanes at once as the memory holds."""
+
+from collections.abc import Sequence
+import concurrent.futures
+import math
+import time
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import data
+from experiments.paper import budget_lanes
+from experiments.paper import budget_methods
+from experiments.paper import budget_tasks
+from experiments.paper.budget_lanes import Inputs
+from experiments.paper.budget_lanes import Lane
+
+# The most steps of a compiled program.
+CHUNK = 60
+
+
+class OutOfTime(Exception):  # noqa: N818  (not an error)
+  """The time limit has passed; what is unfinished is dropped."""
+
+
+class Trained(NamedTuple):
+  """Trained lanes.
+
+  Attributes:
+    params: The parameters to be evaluated, with a leading axis of lanes.
+    seconds_per_step: The time of a step, divided by the lanes at once.
+  """
+
+  params: Any
+  seconds_per_step: float
+
+
+class Trainer:
+  """Compiles what is needed for the data set and recipes, and trains.
+
+  Args:
+    dataset: The data set; tasks use the first of its training examples.
+    max_lanes: The most lanes at once.
+    deadline: The value of ``time.monotonic`` at which to stop.
+    threads: The number of programs that are compiled at once, ahead of their
+      use; 0 to compile each when it is needed.
+  """
+
+  def __init__(
+    self,
+    dataset: data.Dataset,
+    max_lanes: int,
+    deadline: float = math.inf,
+    threads: int = 0,
+  ):
+    self._dataset = dataset
+    self._images = jnp.asarray(dataset.train.images)
+    self._max_lanes = max_lanes
+    self._deadline = deadline
+    self._pool = (
+      concurrent.futures.ThreadPoolExecutor(threads) if threads else None
+    )
+    self._programs: dict[Any, Any] = {}
+
+  def close(self) -> None:
+    """Drops programs that are not yet compiled."""
+    if self._pool:
+      self._pool.shutdown(wait=False, cancel_futures=True)
+
+  def groups(self, lanes: Sequence[Lane]) -> list[Sequence[Lane]]:
+    """Lanes that train at once; the last ones are repeated to fill a group."""
+    count = -(-len(lanes) // self._max_lanes)
+    size = -(-len(lanes) // count)
+    full = [*lanes, *[lanes[-1]] * (count * size - len(lanes))]
+    return [full[i : i + size] for i in range(0, len(full), size)]
+
+  def prepare(self, task: budget_tasks.Task, name: str, num_lanes: int) -> None:
+    """Starts to compile the programs of a method, if threads do that."""
+    if self._pool:
+      group = self.groups([Lane(0, (0.0, 0.0))] * num_lanes)[0]
+      self._program(task, budget_methods.METHODS[name], len(group))
+
+  def train(
+    self, task: budget_tasks.Task, name: str, lanes: Sequence[Lane]
+  ) -> Trained:
+    """Trains a group of lanes of a method.
+
+    Raises:
+      OutOfTime: The deadline has passed.
+    """
+    method = budget_methods.METHODS[name]
+    program = self._program(task, method, len(lanes))
+    init, run = program.result() if self._pool else program
+    _, num_steps, chunk = steps_of(task, method)
+    seeds = [lane.seed for lane in lanes]
+    init_keys, augment_keys = jax.vmap(
+      lambda seed: jax.random.split(jax.random.key(seed)), out_axes=1
+    )(jnp.uint32(seeds))
+    inputs = Inputs(
+      values=jnp.float32([lane.values for lane in lanes]),
+      keys=augment_keys,
+      labels=self._labels(task, lanes),
+      images=self._images,
+      num_steps=jnp.int32(num_steps),
+      is_augmented=jnp.bool(task.augment),
+    )
+    indices = budget_lanes.make_indices(
+      *(seeds, task.epochs * method.epochs, task.train_size),
+      task.recipe.batch_size,
+    )
+    params = budget_lanes.init_params(
+      *(task.recipe.model, self._dataset.preprocess, init_keys),
+      self._dataset.train.images[:1],
+    )
+    carry = jax.block_until_ready((params, init(params, inputs)))
+    start = time.monotonic()
+    for first in range(0, num_steps, chunk):
+      steps = np.arange(first, first + chunk, dtype=np.int32)
+      carry = run(carry, inputs, indices[first : first + chunk], steps)
+      jax.block_until_ready(carry)
+      if time.monotonic() > self._deadline:
+        raise OutOfTime
+    seconds = (time.monotonic() - start) / num_steps / len(lanes)
+    params, opt_state = carry
+    if method.eval_params:
+      axes = budget_lanes.counters_are_shared(opt_state), 0
+      params = budget_lanes.map_lanes(method.eval_params, len(lanes), axes, 0)(
+        opt_state, params
+      )
+    return Trained(params, seconds)
+
+  def _labels(self, task, lanes):
+    """The labels of each lane: noisy ones, then those that are not used."""
+    labels = np.asarray(self._dataset.train.labels)
+    rows = []
+    for lane in lanes:
+      noisy = noisy_labels(self._dataset, task, [lane.seed]).train.labels[0]
+      rows.append(np.concatenate([noisy, labels[len(noisy) :]]))
+    return jnp.asarray(np.stack(rows), jnp.int32)
+
+  def _program(self, task, method, num_lanes):
+    """The compiled functions ``init`` and ``run``, or their future."""
+    chunk = steps_of(task, method)[2]
+    # By what is traced: twice the epochs need no program of their own.
+    key = (
+      *(id(task.recipe), method.make_tx, method.ascent_part),
+      *(num_lanes, chunk),
+    )
+    if key not in self._programs:
+      args = task.recipe, method, num_lanes, chunk
+      self._programs[key] = (
+        self._pool.submit(self._compile, *args)
+        if self._pool
+        else self._compile(*args)
+      )
+    return self._programs[key]
+
+  def _compile(self, recipe, method, num_lanes, chunk):
+    init, run = budget_lanes.make_functions(
+      self._dataset, recipe, method, num_lanes
+    )
+    n = len(self._images)
+    shape = jax.ShapeDtypeStruct
+    keys = jax.eval_shape(
+      lambda: jax.random.split(jax.random.key(0), num_lanes)
+    )
+    images = shape(self._images.shape, self._images.dtype)
+    inputs = Inputs(
+      values=shape((num_lanes, 2), jnp.float32),
+      keys=keys,
+      labels=shape((num_lanes, n), jnp.int32),
+      images=images,
+      num_steps=shape((), jnp.int32),
+      is_augmented=shape((), jnp.bool),
+    )
+    indices = shape((chunk, num_lanes, recipe.batch_size), jnp.int32)
+    steps = shape((chunk,), jnp.int32)
+    params = jax.eval_shape(
+      lambda keys, images: budget_lanes.init_params(
+        recipe.model, self._dataset.preprocess, keys, images[:1]
+      ),
+      *(keys, images),
+    )
+    state = jax.eval_shape(init, params, inputs)
+    return (
+      init.lower(params, inputs).compile(),
+      run.lower((params, state), inputs, indices, steps).compile(),
+    )
+
+
+def steps_of(
+  task: budget_tasks.Task, method: budget_methods.Method
+) -> tuple[int, int, int]:
+  """Steps of an epoch, of the run, and of each call of the program.
+
+  Examples that do not fill a batch are left out of an epoch.
+  """
+  per_epoch = task.train_size // task.recipe.batch_size
+  num_steps = per_epoch * task.epochs * method.epochs
+  # Compiled for one length, which divides all.
+  length = per_epoch * task.epochs
+  chunk = max(n for n in range(1, CHUNK + 1) if length % n == 0)
+  return per_epoch, num_steps, chunk
+
+
+def noisy_labels(
+  dataset: data.Dataset, task: budget_tasks.Task, seeds: Sequence[int]
+) -> data.Dataset:
+  """The examples of a task, with labels [seeds, n]."""
+  train = data.shrink(dataset.train, task.train_size)
+  return data.add_label_noise(
+    dataset._replace(train=train), task.label_noise, seeds
+  )

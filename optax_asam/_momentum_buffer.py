@@ -1,0 +1,81 @@
+"""The momentum that an optimizer keeps in its state."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_asam import _checks
+from optax_asam import _trees
+
+# Fields of Optax's states that hold an average of gradients.
+_NAMES = ('trace', 'mu')
+
+
+def find(state: optax.OptState, params: optax.Params) -> list[optax.Params]:
+  """All that ``state`` holds in a field ``trace`` or ``mu``, like ``params``.
+
+  The paths of leaves are compared, not types of nodes: the parameters
+  themselves may be named ``mu``, and arrays have a method ``trace``.
+  """
+  leaves, treedef = jax.tree.flatten_with_path(params)
+  if not leaves:  # A placeholder of optax.tree.map_params, for example.
+    return [params]
+  like = [(_checks.names(path), jnp.shape(leaf)) for path, leaf in leaves]
+  fields = {}
+  for path, leaf in jax.tree.leaves_with_path(state):
+    for i, key in enumerate(path, start=1):
+      if getattr(key, 'name', None) in _NAMES:
+        fields.setdefault(path[:i], []).append((path[i:], leaf))
+  return [
+    treedef.unflatten(leaf for _, leaf in field)
+    for field in fields.values()
+    if [(_checks.names(path), jnp.shape(leaf)) for path, leaf in field] == like
+  ]
+
+
+def check_found(
+  base_tx: optax.GradientTransformationExtraArgs,
+  state: optax.OptState,
+  params: optax.Params,
+) -> None:
+  """Raises unless ``state`` holds one momentum, and it is one of gradients.
+
+  The states of SGD and of ``rmsprop`` with momentum look the same, but the
+  latter averages negative, preconditioned updates. So the optimizer takes one
+  update of a small tree with the structure of ``params``: what it then holds
+  must be a positive multiple of the gradient.
+  """
+  count = len(find(state, params))
+  if count != 1:
+    raise _checks.no_momentum(f'holds {count} of them')
+  random = np.random.default_rng(0)
+
+  def small(w):
+    return np.zeros([min(size, 2) for size in jnp.shape(w)])
+
+  def grad(w):  # Small, for clipping, and exact in 16 bits.
+    return random.choice([-3, -2, -1, 1, 2, 3], np.shape(w)) / 1024
+
+  zeros = jax.tree.map(small, params)
+  grads = jax.tree.map(grad, zeros)
+  with jax.ensure_compile_time_eval():  # Under jit, too.
+    as_params = lambda x, w: jnp.asarray(x, _checks.dtype_of(w))
+    zeros = jax.tree.map(as_params, zeros, params)
+    grads = jax.tree.map(as_params, grads, params)
+    try:
+      _, state = base_tx.update(
+        grads, base_tx.init(zeros), zeros, value=jnp.zeros([])
+      )
+      (momentum,) = find(state, zeros)
+      ratios = [
+        np.asarray(_trees.widen(m) / _trees.widen(g)).ravel()
+        for m, g in zip(
+          jax.tree.leaves(momentum), jax.tree.leaves(grads), strict=True
+        )
+      ]
+    except Exception as error:
+      raise _checks.no_momentum('could not be tried on small arrays') from error
+  ratios = np.concatenate([np.empty(0), *ratios])
+  if ratios.size and not 0 < ratios.max() <= 1.02 * ratios.min():
+    raise _checks.no_momentum('does not hold a multiple of the gradient')

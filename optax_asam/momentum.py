@@ -1,0 +1,307 @@
+r"""ASAM at one gradient per step, perturbed against the momentum."""
+
+from typing import Any
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_asam import _checks
+from optax_asam import _geometry
+from optax_asam import _momentum_buffer
+from optax_asam import _trees
+from optax_asam import ascent as _ascent
+from optax_asam import normalization as _normalization
+
+
+class MomentumASAMState(NamedTuple):
+  """State of :func:`momentum_asam`.
+
+  Attributes:
+    perturbation: The difference of ``params`` and w, a pytree like ``params``
+      in at least float32, with an :class:`optax.MaskedNode` for each leaf that
+      is masked out.
+    momentum: The average of gradients that ``momentum=`` asks for, likewise;
+      otherwise None.
+    rho_state: The number of updates, for a schedule of ``rho``.
+    base_state: State of ``base_tx``.
+  """
+
+  perturbation: optax.Updates
+  momentum: Any
+  rho_state: optax.OptState
+  base_state: optax.OptState
+
+
+@_checks.checks_base_tx
+def momentum_asam(
+  base_tx: optax.GradientTransformation,
+  rho: chex.Numeric | optax.Schedule = 1.0,
+  eta: chex.Numeric = 0.01,
+  adaptive: bool | _normalization.Normalization = True,
+  *,
+  ord: float = 2,
+  mask: _trees.Mask | None = None,
+  momentum: chex.Numeric | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""ASAM at one gradient per step: perturbs against the momentum.
+
+  .. math::
+    g_t = \nabla L(w_t + \epsilon_t), \quad
+    w_{t + 1} = w_t + \mathrm{base\_tx}(g_t; w_t), \quad
+    \epsilon_{t + 1} = - \rho \, \frac{T_{w_{t + 1}}^2 m_{t + 1}}
+    {\|T_{w_{t + 1}} m_{t + 1}\|_2}
+
+  with the average :math:`m_{t + 1}` of gradients, :math:`g_t` included, and
+  :math:`\epsilon_0 = 0`. **The parameters of the training loop are**
+  :math:`w + \epsilon`: an ordinary loop that calls ``tx.update(grads, state,
+  params)`` thus takes gradients there. Evaluate, average, export and save the
+  clean :math:`w`, which :func:`eval_params` returns. ``base_tx`` sees w, so
+  weight decay is that of w.
+
+  Args:
+    base_tx: The optimizer, such as ``optax.sgd(0.1, momentum=0.9)``.
+    rho: The radius :math:`\rho \ge 0` of the perturbation: a number, a traced
+      scalar, or an Optax schedule of the number of updates. A schedule that is
+      zero at first perturbs only the late phase of training.
+    eta: The constant :math:`\eta \ge 0` of element-wise normalization, used if
+      ``adaptive`` is True.
+    adaptive: True for element-wise normalization of all but biases, False for
+      none, or a normalization such as ``normalization.filterwise(0.01)``.
+    ord: The exponent p of the ball, in (1, inf].
+    mask: Which leaves are perturbed, as in :func:`asam`.
+    momentum: The decay :math:`0 \le \beta < 1` of an average of gradients
+      kept here, :math:`m_{t + 1} = \beta m_t + (1 - \beta) g_t`, from which
+      non-finite gradients are left out. By default m is the average that
+      ``base_tx`` keeps, as SGD with momentum, Adam, AdamW, NAdam, RAdam, LAMB,
+      Lion, AdaBelief, Yogi, AMSGrad and AdaMax do.
+
+  Returns:
+    An :class:`optax.GradientTransformationExtraArgs` whose ``update`` needs
+    ``params`` and returns updates in the dtypes of those of ``base_tx``. Its
+    state is a :class:`MomentumASAMState`: that of ``base_tx``, one copy of the
+    perturbed parameters in at least float32, and another with ``momentum=``.
+
+  Raises:
+    TypeError: An argument is of the wrong type.
+    ValueError: An argument is out of its range; ``update`` got no ``params``;
+      or ``init`` finds no average of gradients in the state of ``base_tx``, and
+      ``momentum`` is None.
+
+  Examples:
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import numpy as np
+    >>> import optax
+    >>> from optax_asam import eval_params, momentum_asam
+    >>> loss_fn = lambda params: jnp.sum(params**2)
+    >>> tx = momentum_asam(optax.sgd(0.1, momentum=0.9), rho=0.5)
+    >>> params = jnp.array([1.0, 2.0])
+    >>> state = tx.init(params)
+    >>> for _ in range(5):
+    ...   grads = jax.grad(loss_fn)(params)
+    ...   updates, state = tx.update(grads, state, params)
+    ...   params = optax.apply_updates(params, updates)
+    >>> print(np.asarray(params).round(3))
+    [-0.592 -0.842]
+    >>> print(np.asarray(eval_params(state, params)).round(3))
+    [-0.493 -0.574]
+
+  References:
+    Becker et al., `Momentum-SAM <https://arxiv.org/abs/2401.12033>`_, 2024,
+    algorithm 1; Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021.
+
+  .. note::
+    Whatever scales or averages the updates or the parameters after this
+    transformation would also scale the perturbation: put it inside, as part of
+    ``base_tx``.
+  """
+  normalization = _normalization.of(eta, adaptive)
+  scale = _ascent.scale_by_rho(rho)
+  _checks.check_ord(ord)
+  _checks.check_selects_something(mask)
+  if momentum is not None:
+    _checks.check_scale('momentum', momentum, '0.9')
+    _checks.check_below_one('momentum', momentum, '0.9')
+  base_tx = optax.with_extra_args_support(base_tx)
+
+  def init_fn(params):
+    _checks.check_params(params)
+    base_state = base_tx.init(params)
+    if momentum is None:
+      _momentum_buffer.check_found(base_tx, base_state, params)
+    return MomentumASAMState(
+      perturbation=_zeros(params, mask),
+      momentum=None if momentum is None else _zeros(params, mask),
+      rho_state=scale.init(params),
+      base_state=base_state,
+    )
+
+  def update_fn(updates, state, params=None, **extra_args):
+    params = _checks.checked_params(params, updates)
+    perturbation = state.perturbation
+    base_updates, base_state = base_tx.update(
+      updates,
+      state.base_state,
+      _without(perturbation, params),
+      **extra_args,
+    )
+    base_updates = _rounded(base_updates)
+    if momentum is None:
+      average, (m,) = None, _momentum_buffer.find(base_state, params)
+    else:
+      average = m = _trees.finite_ema(momentum, state.momentum, updates)
+
+    w = _applied(_without(perturbation, params), base_updates)
+
+    def pull(w, m):
+      coordinates = _geometry.coordinates(w, normalization, mask)
+      return coordinates, coordinates.pull(m)
+
+    _, h = pull(w, m)
+    scalars = _geometry.reduce(h, ord)
+    # T m is computed again: kept until the norm of all leaves is known, it
+    # would take as much memory as the parameters.
+    w, m, scalars = jax.lax.optimization_barrier((w, m, scalars))
+    coordinates, h = pull(w, m)
+    eps = coordinates.push(*_geometry.direction(h, scalars, ord))
+    eps, rho_state = scale.update(eps, state.rho_state, w)
+
+    # With plus and minus exchanged, an update of -0.0 would become 0.0: without
+    # a perturbation, it is that of `base_tx`, bit for bit.
+    updates = jax.tree.map(
+      lambda e, old, u: (
+        u
+        if _checks.is_masked(e)
+        else (jnp.asarray(u, e.dtype) - (old + e)).astype(_checks.dtype_of(u))
+      ),
+      eps,
+      perturbation,
+      base_updates,
+      is_leaf=_checks.is_masked,
+    )
+    updates = _rounded(updates)
+    # What `optax.apply_updates` will round to, or the roundings would add up.
+    perturbation = jax.tree.map(
+      lambda e, p, w: e if _checks.is_masked(e) else p - w,
+      eps,
+      _applied(params, updates),
+      w,
+      is_leaf=_checks.is_masked,
+    )
+    return updates, MomentumASAMState(
+      perturbation, average, rho_state, base_state
+    )
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def eval_params(opt_state: Any, params: optax.Params) -> optax.Params:
+  r"""The clean parameters w of :func:`momentum_asam`.
+
+  .. math::
+    w = (w + \epsilon) - \epsilon
+
+  The training loop holds :math:`w + \epsilon`. Evaluate, average, export and
+  save w.
+
+  Args:
+    opt_state: The state of an optimizer that contains :func:`momentum_asam`,
+      such as that of an ``optax.chain``, ``optax.inject_hyperparams`` or
+      ``optax.MultiSteps``; or what holds it as ``opt_state``, such as Flax's
+      ``TrainState`` and ``nnx.Optimizer``.
+    params: The parameters of the training loop that belong to ``opt_state``, a
+      pytree of arrays or of Flax NNX variables, such as ``nnx.state(model,
+      nnx.Param)``.
+
+  Returns:
+    A pytree like ``params``, in its dtypes. What is masked out is returned as
+    it is.
+
+  Raises:
+    ValueError: ``opt_state`` does not hold exactly one state of
+      :func:`momentum_asam`, or one of other parameters.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import numpy as np
+    >>> import optax
+    >>> from optax_asam import eval_params, momentum_asam
+    >>> tx = momentum_asam(optax.sgd(0.1, momentum=0.9), rho=0.5, eta=0.0)
+    >>> params = jnp.array([3.0, 4.0])
+    >>> updates, state = tx.update(jnp.zeros(2), tx.init(params), params)
+    >>> print(eval_params(state, optax.apply_updates(params, updates)))
+    [3. 4.]
+  """
+  states = [
+    node
+    for node in jax.tree.leaves(
+      getattr(opt_state, 'opt_state', opt_state), is_leaf=_is_state
+    )
+    if _is_state(node)
+  ]
+  _checks.check_one_state(states)
+  perturbation = jax.tree.leaves(
+    states[0].perturbation, is_leaf=_checks.is_masked
+  )
+  leaves, treedef = jax.tree.flatten(params)
+  _checks.check_perturbation(perturbation, leaves)
+  return treedef.unflatten(map(_clean, perturbation, leaves))
+
+
+def _is_state(node: Any) -> bool:
+  """Whether ``node`` is the state of :func:`momentum_asam`."""
+  return isinstance(node, MomentumASAMState)
+
+
+def _zeros(params: optax.Params, mask: _trees.Mask | None) -> optax.Updates:
+  """No perturbation, with a :class:`optax.MaskedNode` where masked out."""
+  if not jax.tree.leaves(params):  # A placeholder of optax.tree.map_params.
+    return params
+  return jax.tree.map(
+    lambda is_selected, w: (
+      jnp.zeros_like(_trees.widen(w)) if is_selected else optax.MaskedNode()
+    ),
+    _trees.resolve_mask(mask, params),
+    params,
+  )
+
+
+def _clean(e: Any, w: Any) -> Any:
+  """A parameter without its perturbation, in its dtype."""
+  if _checks.is_masked(e):
+    return w
+  return (jnp.asarray(w, e.dtype) - e).astype(_checks.dtype_of(w))
+
+
+def _without(perturbation: optax.Updates, params: optax.Params) -> optax.Params:
+  """The clean parameters, in the dtypes of ``params``."""
+  return jax.tree.map(_clean, perturbation, params, is_leaf=_checks.is_masked)
+
+
+def _applied(params: optax.Params, updates: optax.Updates) -> optax.Params:
+  """What ``optax.apply_updates`` returns, in at least float32."""
+  params = _rounded(optax.apply_updates(params, updates))
+  return jax.tree.map(_trees.widen, params)
+
+
+def _rounded(tree: Any) -> Any:
+  """``tree``, whose leaves hold numbers of their dtypes in compiled code, too.
+
+  XLA may drop a cast to 16 bits and back, or fuse a product into a sum.
+  """
+
+  def leaf(x):
+    x, dtype = _trees.widen(x), _checks.dtype_of(x)
+    narrow = jnp.finfo(dtype)
+    rounded = jax.lax.reduce_precision(x, narrow.nexp, narrow.nmant)
+    if narrow.nexp < jnp.finfo(x.dtype).nexp:
+      # Subnormal numbers, such as float16 below 6e-5, would become zero.
+      ulp = float(narrow.smallest_subnormal)
+      is_normal = jnp.abs(x) >= float(narrow.smallest_normal)
+      rounded = jnp.where(is_normal, rounded, jnp.round(x / ulp) * ulp)
+    return rounded.astype(dtype)
+
+  return jax.tree.map(leaf, tree)

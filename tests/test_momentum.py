@@ -1,0 +1,515 @@
+"""Promise: momentum_asam follows its equations, around w, at one gradient."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from optax_asam import eval_params
+from optax_asam import momentum_asam
+from optax_asam import normalization
+from tests.helpers import reference
+from tests.helpers.support import assert_same_bits
+from tests.helpers.support import error
+
+SGD = optax.sgd(0.01, momentum=0.9)
+ADAM = optax.adam(0.01)
+
+
+def make_params(dtype=None):
+  """The parameters of ``reference.polynomial``."""
+  return {
+    'kernel': jnp.asarray([[0.5, -1.0], [2.0, 0.1]], dtype),
+    'bias': jnp.asarray([0.3, -0.7], dtype),
+  }
+
+
+def training_step(tx, grad_fn):
+  """An ordinary training step."""
+
+  def step(carry, _):
+    params, state = carry
+    updates, state = tx.update(grad_fn(params), state, params)
+    return (optax.apply_updates(params, updates), state), None
+
+  return step
+
+
+def train(tx, params, steps, grad_fn=None):
+  """The parameters of the loop, and the state, after some steps."""
+  step = training_step(tx, grad_fn or jax.grad(reference.polynomial))
+  carry = params, tx.init(params)
+  return jax.jit(lambda c: jax.lax.scan(step, c, length=steps)[0])(carry)
+
+
+def sgd_by_hand(w, state, g):
+  """SGD with momentum, and its buffer."""
+  m = {k: g[k] + 0.9 * state.get(k, 0) for k in w}
+  return {k: w[k] - 0.01 * m[k] for k in w}, m, m
+
+
+def adam_by_hand(w, state, g):
+  """Adam, and its first moment."""
+  t = state.get('t', 0) + 1
+  m = {k: 0.9 * state.get(k, 0) + 0.1 * g[k] for k in w}
+  v = {k: 0.999 * state.get('v' + k, 0) + 0.001 * g[k] ** 2 for k in w}
+  state = {'t': t, **m, **{'v' + k: v[k] for k in w}}
+  step = {
+    k: m[k] / (1 - 0.9**t) / (np.sqrt(v[k] / (1 - 0.999**t)) + 1e-8) for k in w
+  }
+  return {k: w[k] - 0.01 * step[k] for k in w}, m, state
+
+
+def run_by_hand(w, steps, base, rho, p=2, adaptive=True, mask=None, beta=None):
+  """The equations of momentum_asam: w + eps, and w."""
+  eps, state, average = {k: 0 * v for k, v in w.items()}, {}, {}
+  for step in range(steps):
+    g = reference.polynomial_grad({k: w[k] + eps[k] for k in w})
+    w, m, state = base(w, state, g)
+    if beta is not None:
+      m = average = {k: beta * average.get(k, 0) + (1 - beta) * g[k] for k in w}
+    up = reference.perturbation(
+      w,
+      m,
+      reference.elementwise(0.01),
+      rho(step),
+      p,
+      {'kernel'} if adaptive else set(),
+      mask or set(w),
+    )
+    eps = {k: -up[k] for k in w}
+  return {k: w[k] + eps[k] for k in w}, w
+
+
+CASES = {
+  'sgd': (SGD, sgd_by_hand, {}),
+  'nesterov': (
+    optax.sgd(0.01, momentum=0.9, nesterov=True),
+    lambda w, state, g: (
+      {
+        k: w[k] - 0.01 * (g[k] + 0.9 * (g[k] + 0.9 * state.get(k, 0)))
+        for k in w
+      },
+      *sgd_by_hand(w, state, g)[1:],
+    ),
+    {},
+  ),
+  'adam': (ADAM, adam_by_hand, {}),
+  'p = inf': (ADAM, adam_by_hand, {'ord': np.inf, 'rho': 0.01}),
+  'p = 3': (SGD, sgd_by_hand, {'ord': 3}),
+  'not adaptive': (SGD, sgd_by_hand, {'adaptive': False}),
+  'mask': (SGD, sgd_by_hand, {'mask': {'kernel': True, 'bias': False}}),
+  'momentum': (ADAM, adam_by_hand, {'momentum': 0.7}),
+  'schedule': (SGD, sgd_by_hand, {'rho': lambda step: 0.01 * (step % 7)}),
+}
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_reference(x64, name):
+  """One hundred steps by hand, in NumPy."""
+  base_tx, base, options = CASES[name]
+  options = {'rho': 0.1, **options}
+  params = make_params()
+  tx = momentum_asam(base_tx, **options)
+  got = train(tx, params, 100)
+  rho = options['rho']
+  mask = options.get('mask')
+  expected, clean = run_by_hand(
+    {k: np.asarray(w) for k, w in params.items()},
+    100,
+    base,
+    rho if callable(rho) else lambda step: rho,
+    options.get('ord', 2),
+    options.get('adaptive', True),
+    mask and {k for k in mask if mask[k]},
+    options.get('momentum'),
+  )
+  tolerance = 1e-10 if base is not adam_by_hand else 1e-8
+  assert error(got[0], expected) < tolerance
+  assert error(eval_params(got[1], got[0]), clean) < tolerance
+  masked = jax.tree.leaves(
+    (got[1].perturbation, got[1].momentum),
+    is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+  )
+  copies = 1 + ('momentum' in options)
+  assert len(masked) == 2 * copies
+  assert len(jax.tree.leaves(masked)) == copies * (1 if mask else 2)
+
+
+# Optax's optimizers that average gradients, and in which field.
+FOUND = {
+  'sgd': SGD,
+  'nesterov': optax.sgd(0.1, momentum=0.9, nesterov=True),
+  'bfloat16': optax.sgd(0.1, momentum=0.9, accumulator_dtype=jnp.bfloat16),
+  'adam': ADAM,
+  'adamw': optax.adamw(0.01),
+  'nadam': optax.nadam(0.01),
+  'nadamw': optax.nadamw(0.01),
+  'lion': optax.lion(0.01),
+  'adabelief': optax.adabelief(0.01),
+  'radam': optax.radam(0.01),
+  'lamb': optax.lamb(0.01),
+  'yogi': optax.yogi(0.01),
+  'amsgrad': optax.amsgrad(0.01),
+  'adamax': optax.adamax(0.01),
+  'adamaxw': optax.adamaxw(0.01),
+  'chain': optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.clip(1.0),
+    optax.add_decayed_weights(1e-4),
+    SGD,
+  ),
+  'inject_hyperparams': optax.inject_hyperparams(optax.adamw)(
+    learning_rate=optax.linear_schedule(0.0, 0.01, 10)
+  ),
+  'apply_if_finite': optax.apply_if_finite(ADAM, 3),
+  'reduce_on_plateau': optax.chain(SGD, optax.contrib.reduce_on_plateau()),
+}
+LABELS = {'kernel': 'a', 'bias': 'b'}
+NOT_FOUND = {
+  'no momentum': optax.sgd(0.1),
+  'muon': optax.contrib.muon(0.01),
+  'partition': optax.partition({'a': SGD, 'b': ADAM}, LABELS),
+  'lars': optax.lars(0.1),
+  'rmsprop': optax.rmsprop(0.1, momentum=0.9),
+  'two': optax.chain(optax.scale_by_adam(), optax.trace(0.9)),
+  'adan': optax.adan(0.1),
+  'ademamix': optax.contrib.ademamix(0.1),
+  'prodigy': optax.contrib.prodigy(0.1),
+  'schedule_free': optax.contrib.schedule_free_adamw(0.1),
+  'sm3': optax.sm3(0.1),
+  'novograd': optax.novograd(0.1),
+  'maximize': optax.chain(optax.scale(-1.0), SGD),
+  'MultiSteps': optax.MultiSteps(SGD, 2).gradient_transformation(),
+  'needs arguments': optax.chain(
+    optax.scale_by_backtracking_linesearch(3), SGD
+  ),
+}
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(
+      name,
+      marks=[pytest.mark.slow]
+      * (name not in ('sgd', 'adamw', 'lamb', 'reduce_on_plateau')),
+    )
+    for name in FOUND
+  ],
+)
+def test_without_a_perturbation(name):
+  """With rho = 0, updates are those of the base, bit for bit.
+
+  Eager and compiled, and for a gradient of -0.0, too. Compiled, LAMB's norms of
+  w are rounded otherwise, since the subtraction of eps is fused into them.
+  """
+  base_tx = FOUND[name]
+  if name == 'reduce_on_plateau' and not hasattr(optax, 'microbatching'):
+    pytest.skip('earlier, its cond could not be evaluated while tracing')
+  extra_args = {'value': 1.0} if name == 'reduce_on_plateau' else {}
+  tx = momentum_asam(base_tx, 0.0)
+  base_tx = optax.with_extra_args_support(base_tx)
+  params = {'mu': make_params()}  # a name of Optax's states
+  state, base_state = jax.jit(tx.init)(params), base_tx.init(params)
+  assert_same_bits(state.perturbation, jax.tree.map(jnp.zeros_like, params))
+  update = jax.jit(tx.update)
+  base_update = jax.jit(base_tx.update)
+  for i in range(3):
+    grads = jax.tree.map(lambda w: jnp.sin(7 * w + i), params)  # noqa: B023
+    grads['mu']['bias'] = jnp.array([-0.0, 0.0])
+    if i == 2:
+      update, base_update = tx.update, base_tx.update
+    updates, state = update(grads, state, params, **extra_args)
+    expected, _ = base_update(grads, base_state, params, **extra_args)
+    if name == 'lamb' and i < 2:
+      assert error(updates, expected) < 1e-6
+    else:
+      assert_same_bits(updates, expected)
+    params = optax.apply_updates(params, updates)
+    assert_same_bits(eval_params(state, params), params)
+    base_state = state.base_state
+
+
+@pytest.mark.parametrize('name', NOT_FOUND)
+def test_no_momentum(name):
+  """In doubt, ``init`` says what to write, and that works."""
+  base_tx, params = NOT_FOUND[name], make_params()
+  with pytest.raises(ValueError, match=r'momentum=0\.9'):
+    momentum_asam(base_tx).init(params)
+  state = jax.eval_shape(momentum_asam(base_tx, momentum=0.9).init, params)
+  assert jax.tree.structure(state.momentum) == jax.tree.structure(params)
+
+
+def test_momentum_of_arrays():
+  """Parameters may be a single array, which has a method ``trace``, or none."""
+  (w, state) = train(
+    momentum_asam(SGD, 0.5), jnp.eye(2), 2, lambda w: jnp.ones_like(w)
+  )
+  assert jnp.abs(w - eval_params(state, w)).max() > 0.1
+  momentum_asam(SGD).init({})
+  momentum_asam(SGD).init({'w': jnp.zeros((0, 3))})
+
+
+@pytest.mark.parametrize(
+  ('dtype', 'momentum'),
+  [('float32', None), ('float32', 0.9), ('bfloat16', None), ('float16', None)],
+)
+def test_drift(dtype, momentum):
+  """At learning rate 0, w stays: what is stored is what was realized."""
+  base_tx = optax.sgd(0.0, momentum=0.9)
+  tx = momentum_asam(base_tx, rho=0.5, momentum=momentum)
+  rng = np.random.default_rng(0)
+  params = {
+    'kernel': jnp.asarray(rng.standard_normal((32, 16)) ** 3, dtype),
+    'bias': jnp.asarray(0.01 * rng.standard_normal(8), dtype),
+  }
+  noise = {
+    name: jnp.asarray(rng.standard_normal((64, *w.shape)), dtype)
+    for name, w in params.items()
+  }
+
+  def step(carry, i):
+    params, state = carry
+    grads = jax.tree.map(lambda x: x[i % 64], noise)
+    updates, state = tx.update(grads, state, params)
+    return (optax.apply_updates(params, updates), state), None
+
+  carry = params, tx.init(params)
+  many = jax.jit(lambda c: jax.lax.scan(step, c, jnp.arange(10_000))[0])
+  after, state = many(carry)
+  assert error(eval_params(state, after), params) < 1e-5
+  for name, e in state.perturbation.items():
+    assert e.dtype == jnp.float32
+    assert after[name].dtype == dtype
+    assert jnp.abs(e).max() > 1e-3 * jnp.abs(params[name]).max()
+  # A step that is not in a loop, with donation, rounds in the same way.
+  step = jax.jit(step, donate_argnums=0)
+  carry = jax.tree.map(jnp.copy, (after, state))
+  for i in range(100):
+    carry, _ = step(carry, i)
+  assert error(eval_params(carry[1], carry[0]), params) < 1e-5
+
+
+def test_late_phase():
+  """With a schedule, nothing is perturbed at first, and again in the end."""
+  rho = lambda step: jnp.where((step >= 3) & (step < 6), 0.5, 0.0)
+  tx, params = momentum_asam(SGD, rho), make_params()
+  step = jax.jit(training_step(tx, jax.grad(reference.polynomial)))
+  carry = params, tx.init(params)
+  perturbed = []
+  for _ in range(8):
+    carry, _ = step(carry, None)
+    perturbed.append(error(carry[0], eval_params(carry[1], carry[0])))
+  assert max(perturbed[:3]) == 0
+  assert min(perturbed[3:6]) > 1e-2
+  assert max(perturbed[6:]) < 1e-6
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_non_finite_gradients(value):
+  """They are left out of the average, and reach the base."""
+  params = make_params()
+  base_tx = optax.apply_if_finite(SGD, 3)
+  tx = momentum_asam(base_tx, 0.5, momentum=0.9)
+  params, state = train(tx, params, 3)
+  bad = {'kernel': jnp.ones((2, 2)), 'bias': jnp.array([value, 1.0])}
+  updates, after = jax.jit(tx.update)(bad, state, params)
+  assert_same_bits(after.momentum, state.momentum)
+  assert after.base_state.total_notfinite == 1
+  moved = optax.apply_updates(params, updates)
+  assert error(eval_params(after, moved), eval_params(state, params)) < 1e-6
+  # Without it, as by the base alone: nothing is hidden.
+  tx = momentum_asam(SGD, 0.5)
+  params, state = train(tx, make_params(), 3)
+  updates, _ = tx.update(bad, state, params)
+  assert not np.isfinite(updates['bias'][0])
+  assert np.isfinite(updates['kernel']).all()
+
+
+STATIC_ARGS = ('base_tx', 'adaptive', 'ord', 'mask')
+AROUND = {
+  'chain': lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
+  'named_chain': lambda tx: optax.named_chain(('tx', tx)),
+  'MultiSteps': lambda tx: optax.MultiSteps(tx, 1).gradient_transformation(),
+  'apply_if_finite': lambda tx: optax.apply_if_finite(tx, 3),
+  'inject_hyperparams': lambda tx: optax.inject_hyperparams(
+    momentum_asam, static_args=STATIC_ARGS
+  )(SGD, 0.5, 0.01, True, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize('name', AROUND)
+def test_eval_params(name):
+  """The state is found in that of any wrapper."""
+  tx = AROUND[name](momentum_asam(SGD, 0.5))
+  params, state = train(tx, make_params(), 3)
+  clean = eval_params(state, params)
+  assert error(clean, params) > 1e-2
+  plain, plain_state = train(
+    momentum_asam(
+      optax.chain(optax.clip_by_global_norm(1.0), SGD)
+      if name == 'chain'
+      else SGD,
+      0.5,
+      momentum=0.9 if name == 'inject_hyperparams' else None,
+    ),
+    make_params(),
+    3,
+  )
+  assert error(clean, eval_params(plain_state, plain)) < 1e-6
+  with pytest.raises(ValueError, match='contains 0'):
+    eval_params(SGD.init(params), params)
+  with pytest.raises(ValueError, match='contains 2'):
+    eval_params((state, state), params)
+  with pytest.raises(ValueError, match='params must be those'):
+    eval_params(state, params['kernel'])
+
+
+def test_eval_params_of_frameworks():
+  """Flax's ``TrainState`` and ``nnx.Optimizer`` are taken as they are."""
+  nnx = pytest.importorskip('flax.nnx')
+  train_state = pytest.importorskip('flax.training.train_state')
+  tx = momentum_asam(optax.adam(0.1), 0.5)
+  ts = train_state.TrainState.create(apply_fn=None, params=make_params(), tx=tx)
+  ts = ts.apply_gradients(grads=jax.grad(reference.polynomial)(ts.params))
+  expected = eval_params(ts.opt_state, ts.params)
+  assert error(expected, ts.params) > 1e-2
+  assert_same_bits(eval_params(ts, ts.params), expected)
+
+  class Model(nnx.Module):
+    def __init__(self):
+      self.kernel = nnx.Param(make_params()['kernel'])
+      self.bias = nnx.Param(make_params()['bias'])
+
+  def arrays(model):
+    leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
+    return dict(zip(('bias', 'kernel'), leaves, strict=True))
+
+  loss_fn = lambda model: reference.polynomial(arrays(model))
+
+  model = Model()
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+  @nnx.jit
+  def step(model, optimizer):
+    grads = nnx.grad(loss_fn)(model)
+    if 'model' in inspect.signature(optimizer.update).parameters:
+      optimizer.update(model, grads)
+    else:
+      optimizer.update(grads)
+
+  step(model, optimizer)
+  nnx.update(model, eval_params(optimizer, nnx.state(model, nnx.Param)))
+  assert error(arrays(model), expected) < 1e-6
+
+
+def test_weight_decay_of_w():
+  """The base sees w, not w + eps."""
+  base_tx = optax.chain(optax.add_decayed_weights(1.0), optax.sgd(0.1))
+  tx = momentum_asam(base_tx, 0.5, momentum=0.9)
+  grad_fn = lambda params: jax.tree.map(jnp.ones_like, params)
+  params, state = train(tx, make_params(), 5, grad_fn)
+  plain, _ = train(base_tx, make_params(), 5, grad_fn)
+  assert error(params, plain) > 1e-2
+  assert error(eval_params(state, params), plain) < 1e-6
+
+
+def test_map_params():
+  """The perturbation and the average are like params, for shardings."""
+  params = make_params()
+  for momentum in (None, 0.9):
+    tx = momentum_asam(SGD, momentum=momentum)
+    state = tx.init(params)
+    mapped = optax.tree.map_params(tx, lambda x: x + 1, state)
+    copies = jax.tree.leaves((mapped.perturbation, mapped.momentum))
+    assert all((x == 1).all() for x in copies)
+    assert mapped.rho_state == state.rho_state
+
+
+def test_under_vmap():
+  """Several seeds are trained at once."""
+  tx = momentum_asam(SGD, 0.5)
+  params = jax.tree.map(lambda w: jnp.stack([w, 2 * w]), make_params())
+  step = training_step(tx, jax.grad(reference.polynomial))
+
+  def run(params):
+    return jax.lax.scan(step, (params, tx.init(params)), length=3)[0][0]
+
+  one = jax.jit(run)(make_params())
+  got = jax.tree.map(lambda w: w[0], jax.jit(jax.vmap(run))(params))
+  assert error(got, one) < 1e-5
+
+
+def factory(learning_rate):
+  """The optimizer, in the form that Optax's tests need."""
+  rho = optax.linear_schedule(1.0, 0.0, 20_000)
+  return momentum_asam(optax.sgd(learning_rate, momentum=0.9), rho)
+
+
+@pytest.mark.parametrize(
+  ('name', 'options'),
+  [
+    ('test_optimizers_accept_extra_args', {'wrap': True}),
+    *[
+      ('test_optimizers', {'target': target, 'dtype': 'float32'})
+      for target in ('parabola', 'rosenbrock', 'mixed_tensor_target')
+    ],
+    ('test_optimizers_can_be_wrapped_in_inject_hyperparams', {}),
+    *[
+      (name, {'dtype': dtype})
+      for name in (
+        'test_preserve_dtype',
+        'test_state_shape_dtype_shard_stability',
+      )
+      for dtype in ('float32', 'bfloat16')
+    ],
+  ],
+)
+def test_optax_suite(monkeypatch, name, options):
+  """Optax's own tests of contributed optimizers pass, with a decaying rho."""
+  common = pytest.importorskip('optax.contrib._common_test')
+  test = getattr(common.ContribTest, f'{name}0', None)
+  if test is None:
+    pytest.skip('in this Optax there is no such test')
+  monkeypatch.setattr(common.contrib, 'momentum_asam', factory, raising=False)
+  if 'target' in options:
+    target = getattr(common, f'_setup_{options["target"]}')
+    options = {**options, 'target': target}
+  inspect.unwrap(test)(
+    common.ContribTest(f'{name}0'),
+    opt_name='momentum_asam',
+    opt_kwargs={'learning_rate': 1e-3},
+    wrapper_name=None,
+    wrapper_kwargs=None,
+    **options,
+  )
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'momentum': 1.0}, r'momentum must be .*1.0.*momentum=0.9'),
+    ({'momentum': -0.1}, r'momentum must be .*-0.1.*momentum=0.9'),
+    ({'rho': -1.0}, r'rho must be .*-1.0.*rho='),
+    ({'ord': 1}, r'ord must be .*1'),
+    ({'mask': False}, r'mask selects nothing'),
+  ],
+)
+def test_errors(options, message):
+  """The message names the argument, the value and one that works."""
+  with pytest.raises(ValueError, match=message):
+    momentum_asam(SGD, **options)
+
+
+def test_masked_around():
+  """What hides parameters belongs inside."""
+  tx = optax.masked(momentum_asam(SGD), {'kernel': True, 'bias': False})
+  with pytest.raises(ValueError, match='Put it inside'):
+    tx.init(make_params())
+  tx = momentum_asam(SGD, adaptive=normalization.layerwise())
+  with pytest.raises(ValueError, match='params must be given'):
+    tx.update(make_params(), tx.init(make_params()))
