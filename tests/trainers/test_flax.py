@@ -88,7 +88,7 @@ def test_flax_nnx_optimizer():
     return cross_entropy(network(batch[0]), batch[1])
 
   (snippet,) = SNIPPETS['test_flax_nnx_optimizer']
-  names = pages.run_snippet(snippet, network=network, loss_fn=loss_of)
+  names = pages.run_snippet(snippet, nnx=nnx, network=network, loss_fn=loss_of)
   optimizer = names['optimizer']
   for batch in BATCHES:
     names['train_step'](network, optimizer, batch)

@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_asam import asam
 import optax_asam
-
+from optax_asam import asam
 from tests.helpers import pages
 from tests.helpers.support import error
 from tests.helpers.training import assert_asam
@@ -142,7 +141,7 @@ def test_maxtext():
   @jax.jit
   def train_step(variables, batch):
     state = nnx.merge(graphdef, variables)
-    _, params, rest = nnx.split(state.model, nnx.Param, ...)
+    params = nnx.state(state.model, nnx.Param)
     loss, grads = jax.value_and_grad(loss_fn)(params, batch)
     norm = optax.tree.norm(grads)
     state.optimizer.update(state.model, grads, loss=loss, grad_norm=norm)

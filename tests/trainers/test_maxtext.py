@@ -7,14 +7,13 @@ import jax
 import optax
 import pytest
 
-import optax_asam
 from tests.helpers import pages
 from tests.helpers.training import assert_momentum_asam
 from tests.helpers.training import recorded
 
 maxtext = pytest.importorskip('maxtext')  # It needs an environment of its own.
 
-(SNIPPET,) = pages.read_snippets(pages.read_page('trainers'))['test_max_text']
+SNIPPETS = pages.read_snippets(pages.read_page('trainers'))['test_max_text']
 SETTINGS = {
   'hardware': 'cpu',
   'dataset_type': 'synthetic',
@@ -42,22 +41,25 @@ def test_max_text_package(tmp_path, monkeypatch):
 
   base_tx = optax.sgd(0.1, momentum=0.9)
   monkeypatch.setattr(optimizers, 'get_optimizer', lambda *_, **__: base_tx)
-  pages.run_snippet(SNIPPET)
+  pages.run_snippet(SNIPPETS[0])
   tx, records = optimizers.get_optimizer(), []
   tx = recorded(tx, records)
   monkeypatch.setattr(optimizers, 'get_optimizer', lambda *_, **__: tx)
 
   defaults = pathlib.Path(maxtext.__file__).parent / 'configs' / 'base.yml'
-  argv = ['', str(defaults), 'run_name=asam', f'base_output_directory={tmp_path}']
+  argv = [
+    '',
+    str(defaults),
+    'run_name=asam',
+    f'base_output_directory={tmp_path}',
+  ]
   argv += [f'{name}={value}' for name, value in SETTINGS.items()]
-  state = train.train_loop(*train.initialize(argv))
+  names = pages.run_snippet(SNIPPETS[1], nnx=nnx, train=train, argv=argv)
   jax.effects_barrier()
-  params = nnx.filter_state(state.model, nnx.Param)
-  evaluated = optax_asam.eval_params(state.optimizer, params)
   assert len(records) == 3
   assert_momentum_asam(
-    jax.device_get(jax.tree.leaves(params)),
-    jax.device_get(jax.tree.leaves(evaluated)),
+    jax.device_get(jax.tree.leaves(names['params'])),
+    jax.device_get(jax.tree.leaves(names['eval_params'])),
     lambda params, grads: grads,
     records[0][0],
     [grads for _, grads in records],

@@ -1,6 +1,5 @@
 """Promise: Optimistix takes ``asam`` as docs/trainers.md says."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax

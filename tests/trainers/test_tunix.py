@@ -68,9 +68,7 @@ def test_tunix(lora):
     loss = loss_fn(network, **batch)
     return loss, nnx.to_pure_dict(nnx.state(network, nnx.RngState))
 
-  _, trained, trained_keys, trained_rest = pure(
-    network, wrt, nnx.RngState, ...
-  )
+  _, trained, trained_keys, trained_rest = pure(network, wrt, nnx.RngState, ...)
   keys = assert_asam(
     trained,
     pure_loss_fn,
@@ -96,9 +94,7 @@ def test_tunix_momentum():
   assert_momentum_asam(
     trained,
     pure(network, nnx.Param, ...)[1],
-    jax.grad(
-      lambda p, batch: loss_fn(nnx.merge(graphdef, p, rest), **batch)
-    ),
+    jax.grad(lambda p, batch: loss_fn(nnx.merge(graphdef, p, rest), **batch)),
     params,
     BATCHES,
   )
