@@ -16,7 +16,7 @@ ed = pytest.importorskip('easydel')  # It needs an environment of its own.
 (SNIPPET,) = pages.read_snippets(pages.read_page('trainers'))['test_easy_de_l']
 
 
-def test_easy_de_l_package(tmp_path, monkeypatch):
+def test_easy_de_l(tmp_path, monkeypatch):
   """Three steps of a small Llama, replayed from the gradients it took."""
   import datasets
 

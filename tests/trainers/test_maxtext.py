@@ -34,7 +34,7 @@ SETTINGS = {
 }
 
 
-def test_max_text_package(tmp_path, monkeypatch):
+def test_max_text(tmp_path, monkeypatch):
   """Three steps of a small decoder, replayed from the gradients it took."""
   from maxtext.optimizers import optimizers
   from maxtext.trainers.pre_train import train
