@@ -3,11 +3,19 @@ INTERPRETER = $(PYTHON)
 PYTEST = -m pytest -n 2 --dist loadfile --junitxml out/tests/$@.xml
 LIBRARY = tests/test_*.py optax_asam
 
-.PHONY: demo test test-all test-oldest test-newest test-tpu test-trainers docs lint clean
+.PHONY: demo bench test test-all test-oldest test-newest test-tpu \
+  test-trainers docs lint clean
 
 # Train on real data: SGD, SAM and ASAM on digits with label noise.
 demo: .venv/demo/.installed
 	.venv/demo/bin/python -m experiments.compare --out out/demo
+
+# The time of a step with each method, on a machine that does nothing else. Of
+# PyTorch, pip installs what it takes to be right for the machine: up to 5 GB.
+bench: .venv/demo/.installed .venv/torch/.installed
+	.venv/demo/bin/python -m benchmarks.step_time \
+	  --torch .venv/torch/bin/python --out benchmarks/results
+	.venv/demo/bin/python -m benchmarks.step_time --report
 
 # What a contributor runs: style, types, doctests, every branch of the library,
 # the docs' code, a smoke run of each program, and one notebook.
@@ -54,6 +62,12 @@ docs: .venv/docs/.installed
 .venv/oldest/.installed: .venv/oldest.txt
 .venv/newest/.installed: EXTRA = test
 .venv/newest/.installed: INTERPRETER = $(shell $(PYTHON) .ci/newest_python)
+
+.venv/torch/.installed:
+	$(PYTHON) -m venv --clear .venv/torch
+	.venv/torch/bin/python -m pip install --quiet --no-compile \
+	  --disable-pip-version-check torch==2.13.0 pytorch-optimizer==4.1.0
+	touch $@
 
 .venv/oldest.txt: pyproject.toml .ci/lower_bounds
 	mkdir -p .venv

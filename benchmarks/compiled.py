@@ -40,6 +40,33 @@ def bytes_accessed(compiled: Any) -> float:
   return _operations(compiled).get('bytes accessed', 0.0)
 
 
+def passes(compiled: Any, shapes: Iterable[tuple[int, ...]]) -> int:
+  """The number of arrays of these shapes that its instructions write.
+
+  Inside of a fusion, nothing is written but the result. Parameters, and what
+  only renames an array, do not count.
+  """
+  program = hlo.parse(compiled.as_text())
+  fused = {
+    name
+    for computation in program.computations.values()
+    for instruction in computation.values()
+    if instruction.opcode in ('fusion', 'call')
+    for name in instruction.called('calls|to_apply')
+  }
+  sought = '|'.join(','.join(map(str, shape)) for shape in set(shapes))
+  return sum(
+    len(re.findall(rf'\w\[(?:{sought})\]', instruction.shape))
+    for name, computation in program.computations.items()
+    if name not in fused
+    for instruction in computation.values()
+    if instruction.opcode not in _FREE
+  )
+
+
+_FREE = ('parameter', 'get-tuple-element', 'tuple', 'bitcast', 'conditional')
+
+
 class Collective(NamedTuple):
   """A collective operation of a program on one device.
 

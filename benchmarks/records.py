@@ -11,6 +11,8 @@ import shlex
 import subprocess
 from typing import Any
 
+import optax_asam
+
 PACKAGES = ('jax', 'jaxlib', 'optax', 'optax-asam')
 
 
@@ -27,9 +29,19 @@ def provenance(
     'commit': commit.stdout.strip() or None,
     'versions': {
       'python': platform.python_version(),
-      **{name: importlib.metadata.version(name) for name in packages},
+      **{name: _version(name) for name in packages},
     },
   }
+
+
+def _version(package: str) -> str:
+  """The version of a package; this one may be run without being installed."""
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    if package != 'optax-asam':
+      raise
+    return optax_asam.__version__
 
 
 def write_json(path: Path, results: Mapping[str, Any]) -> None:

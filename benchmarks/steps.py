@@ -1,12 +1,15 @@
-"""The train steps that are compared: one gradient, two gradients, SAM, ASAM."""
+"""The train steps that are compared: every way to descend, and its peers."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import functools
 import math
 from typing import Any
 from typing import NamedTuple
 
+from flax import nnx
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
@@ -14,15 +17,298 @@ import optax
 
 from benchmarks import compiled
 from benchmarks import large_models
+from benchmarks import models
+from benchmarks.workloads import ETA
+from benchmarks.workloads import RHO
+from benchmarks.workloads import SAM_RHO
 import optax_asam
+from optax_asam import normalization
+import optax_asam.nnx
 
-LossFn = Callable[[optax.Params, Any], jax.Array]
-Step = Callable[
-  [optax.Params, optax.OptState, Any], tuple[optax.Params, optax.OptState]
-]
+PyTree = Any
+# From parameters, the model's other state and a batch to a scalar and the new
+# state.
+LossFn = Callable[[optax.Params, PyTree, Any], tuple[jax.Array, PyTree]]
 
 
-NAMES = ('base', 'two gradients', 'sam', 'asam')
+class Carry(NamedTuple):
+  """What a train step maps to its successor.
+
+  Attributes:
+    params: The parameters.
+    opt_state: The state of the optimizer.
+    model_state: What else the model keeps, such as running statistics.
+  """
+
+  params: optax.Params
+  opt_state: optax.OptState
+  model_state: PyTree
+
+
+Step = Callable[[Carry, Any], Carry]
+
+
+class Method(NamedTuple):
+  """A way to train.
+
+  Attributes:
+    model: What is trained: its ``params`` and ``model_state`` are shapes.
+    init: From parameters to the state of the optimizer.
+    cycle: The steps that are repeated in turn; most often one.
+  """
+
+  model: models.Model | models.Twin
+  init: Callable[[optax.Params], optax.OptState]
+  cycle: Sequence[Step]
+
+  @property
+  def carry(self) -> Carry:
+    """The shapes of what a step takes."""
+    opt_state = jax.eval_shape(self.init, self.model.params)
+    return Carry(self.model.params, opt_state, self.model.model_state)
+
+  @property
+  def programs(self) -> list[Step]:
+    """The different steps of the cycle."""
+    return list(dict.fromkeys(self.cycle))
+
+
+def plain_step(
+  loss_fn: LossFn, base_tx: optax.GradientTransformation, gradients: int = 1
+) -> Step:
+  """A step with several gradients, each at w + 0.01 times the last."""
+
+  def step(carry, batch):
+    grads, model_state = _clean_pass(loss_fn, carry, batch)
+    for _ in range(gradients - 1):
+      params = jax.tree.map(
+        lambda w, g: w + 0.01 * g.astype(w.dtype), carry.params, grads
+      )
+      grads = _grad_fn(loss_fn, carry.model_state, batch)(params)
+    return _descend(base_tx, carry, grads, model_state)
+
+  return step
+
+
+def sharp_step(
+  loss_fn: LossFn,
+  tx: optax.GradientTransformationExtraArgs,
+  *,
+  ascent_batch: Callable[[Any], Any] = lambda batch: batch,
+) -> Step:
+  """The train step of a transformation that takes a second gradient.
+
+  Args:
+    loss_fn: The loss.
+    tx: The transformation.
+    ascent_batch: From a batch to the part of it for the first gradient.
+  """
+
+  def step(carry, batch):
+    grads, model_state = _clean_pass(loss_fn, carry, ascent_batch(batch))
+    grad_fn = _grad_fn(loss_fn, carry.model_state, batch)
+    updates, opt_state = tx.update(
+      grads, carry.opt_state, carry.params, grad_fn=grad_fn
+    )
+    params = optax.apply_updates(carry.params, updates)
+    return Carry(params, opt_state, model_state)
+
+  return step
+
+
+def sharp(
+  model: models.Model,
+  tx: optax.GradientTransformationExtraArgs,
+  *,
+  period: int = 1,
+  **kwargs: Any,
+) -> Method:
+  """A transformation that takes a second gradient, as a way to train.
+
+  Args:
+    model: What is trained.
+    tx: The transformation.
+    period: The number of steps after which its costs repeat.
+    kwargs: For :func:`sharp_step`.
+  """
+  step = sharp_step(model.loss_fn, tx, **kwargs)
+  return Method(model, tx.init, [step] * period)
+
+
+def estimator(
+  model: models.Model,
+  base_tx: optax.GradientTransformation,
+  value_and_grad_fn: Callable[..., Any],
+) -> Method:
+  """A replacement of ``jax.value_and_grad``, as a way to train."""
+
+  def step(carry, batch):
+    (_, model_state), grads = value_and_grad_fn(
+      carry.params, carry.model_state, batch
+    )
+    return _descend(base_tx, carry, grads, model_state)
+
+  return Method(model, base_tx.init, [step])
+
+
+def inlined_asam(
+  params: optax.Params,
+  grads: optax.Updates,
+  *,
+  normalized: Callable[[optax.Params], Any] = normalization.not_bias,
+  selected: Callable[[optax.Params], Any] | None = None,
+) -> optax.Params:
+  """The perturbed parameters of ASAM for p = 2, as one would inline them.
+
+  There is no guard against gradients that are zero or not finite.
+
+  Args:
+    params: The parameters.
+    grads: The gradient at them.
+    normalized: Which leaves have T = abs(w) + eta.
+    selected: Which leaves are perturbed; all by default.
+  """
+  leaves = jax.tree.leaves
+  mask = selected(params) if selected else jax.tree.map(lambda w: True, params)
+  ws, treedef = jax.tree.flatten(params)
+  ts = [
+    jnp.abs(w) + ETA if is_normalized else 1
+    for w, is_normalized in zip(ws, leaves(normalized(params)), strict=True)
+  ]
+  scaled = [t * g for t, g in zip(ts, leaves(grads), strict=True)]
+  chosen = [x for x, used in zip(scaled, leaves(mask), strict=True) if used]
+  factor = RHO / jnp.sqrt(sum(jnp.sum(x * x) for x in chosen))
+  return treedef.unflatten(
+    w + factor * (t * x) if used else w
+    for w, t, x, used in zip(ws, ts, scaled, leaves(mask), strict=True)
+  )
+
+
+def by_hand(
+  perturb: Callable[[optax.Params, optax.Updates], optax.Params],
+  base_tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  """A transformation with the gradient at what a function perturbs to."""
+
+  def update_fn(updates, state, params: Any = None, *, grad_fn: Any = None):
+    perturbed_params = perturb(params, updates)
+    return base_tx.update(grad_fn(perturbed_params), state, params)
+
+  return optax.GradientTransformationExtraArgs(base_tx.init, update_fn)
+
+
+def inside(step: Step) -> Step:
+  """A step of the base optimizer on the state of SAM or ASAM around it."""
+
+  def step_inside(carry, batch):
+    outer_state, base_state = carry.opt_state
+    carry = step(carry._replace(opt_state=base_state), batch)
+    return carry._replace(opt_state=(outer_state, carry.opt_state))
+
+  return step_inside
+
+
+def _clean_pass(loss_fn, carry, batch):
+  """The gradient at the parameters, and the state that the pass leaves."""
+  (_, model_state), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+    carry.params, carry.model_state, batch
+  )
+  return grads, model_state
+
+
+def _grad_fn(loss_fn, model_state, batch):
+  """From parameters to a gradient."""
+  grad_fn = jax.grad(loss_fn, has_aux=True)
+  return lambda params: grad_fn(params, model_state, batch)[0]
+
+
+def _base(model, base_tx, gradients=1):
+  step = plain_step(model.loss_fn, base_tx, gradients)
+  return Method(model, base_tx.init, [step])
+
+
+def _contrib_sam(model, base_tx):
+  """Optax's own SAM, in the mode that takes both gradients in one update."""
+  adv_tx = optax.chain(optax.contrib.normalize(), optax.sgd(SAM_RHO))
+  tx = optax.contrib.sam(base_tx, adv_tx, opaque_mode=True)
+
+  def update_fn(updates, state, params=None, *, grad_fn: Any = None):
+    # It passes the number of the ascent step, too.
+    grad_fn_of_step = lambda params, i: grad_fn(params)
+    return tx.update(updates, state, params, grad_fn=grad_fn_of_step)
+
+  return sharp(model, optax.GradientTransformationExtraArgs(tx.init, update_fn))
+
+
+def _value_and_grad(model, base_tx):
+  return estimator(
+    model,
+    base_tx,
+    optax_asam.value_and_grad(model.loss_fn, has_aux=True, rho=RHO, eta=ETA),
+  )
+
+
+def _nnx_value_and_grad(model, base_tx):
+  twin = model.twin()
+  value_and_grad_fn = optax_asam.nnx.value_and_grad(
+    twin.loss_fn, rho=RHO, eta=ETA
+  )
+
+  def step(carry, batch):
+    module = nnx.merge(twin.graphdef, carry.params, carry.model_state)
+    _, grads = value_and_grad_fn(module, batch)
+    _, _, model_state = nnx.split(module, nnx.Param, ...)
+    return _descend(base_tx, carry, grads, model_state)
+
+  return Method(twin, base_tx.init, [step])
+
+
+def _momentum_asam(model, base_tx):
+  tx = optax_asam.momentum_asam(base_tx, RHO, ETA)
+  return Method(model, tx.init, [plain_step(model.loss_fn, tx)])
+
+
+def _every_5(model, base_tx):
+  """Two jitted steps, chosen in Python: every fifth is ASAM's."""
+  tx = optax_asam.asam(base_tx, RHO, ETA)
+  skipped = inside(plain_step(model.loss_fn, base_tx))
+  cycle = [sharp_step(model.loss_fn, tx), *[skipped] * 4]
+  return Method(model, tx.init, cycle)
+
+
+def _quarter(batch):
+  """The first quarter of the examples."""
+  return jax.tree.map(lambda x: x[: max(1, len(x) // 4)], batch)
+
+
+def _descend(base_tx, carry, grads, model_state):
+  """The update with a gradient."""
+  updates, opt_state = base_tx.update(grads, carry.opt_state, carry.params)
+  params = optax.apply_updates(carry.params, updates)
+  return Carry(params, opt_state, model_state)
+
+
+# From a model and an optimizer to a way to train.
+METHODS: dict[
+  str, Callable[[models.Model, optax.GradientTransformation], Method]
+] = {
+  'base': _base,
+  'two_gradients': functools.partial(_base, gradients=2),
+  'inlined_asam': lambda model, tx: sharp(model, by_hand(inlined_asam, tx)),
+  'contrib_sam': _contrib_sam,
+  'sam': lambda model, tx: sharp(model, optax_asam.sam(tx, SAM_RHO)),
+  'asam': lambda model, tx: sharp(model, optax_asam.asam(tx, RHO, ETA)),
+  'value_and_grad': _value_and_grad,
+  'nnx_value_and_grad': _nnx_value_and_grad,
+  'momentum_asam': _momentum_asam,
+  'every_5': _every_5,
+  'quarter_batch_ascent': lambda model, tx: sharp(
+    model, optax_asam.asam(tx, RHO, ETA), ascent_batch=_quarter
+  ),
+  'looksam_5': lambda model, tx: sharp(
+    model, optax_asam.looksam(tx, RHO, ETA, every_k=5), period=5
+  ),
+}
 
 
 class Steps(NamedTuple):
@@ -30,23 +316,26 @@ class Steps(NamedTuple):
 
   Attributes:
     init: From parameters to the state of the optimizer, one for all steps.
-    steps: From (parameters, state, batch) to (parameters, state).
+    steps: From a carry and a batch to a carry.
   """
 
   init: Callable[[optax.Params], optax.OptState]
   steps: dict[str, Step]
 
 
+NAMES = ('base', 'two gradients', 'sam', 'asam')
+
+
 def make_steps(
-  loss_fn: LossFn,
+  loss_fn: Callable[[optax.Params, Any], jax.Array],
   base_tx: optax.GradientTransformation,
   *,
-  rho: float = 0.5,
-  sam_rho: float = 0.05,
-  eta: float = 0.01,
+  rho: float = RHO,
+  sam_rho: float = SAM_RHO,
+  eta: float = ETA,
   ord: float = 2,
 ) -> Steps:
-  """Makes the four train steps, by name.
+  """Makes four of the train steps for a model without other state, by name.
 
   All have the state of SAM and ASAM, which is passed through by the others, so
   that the programs differ only in what they compute.
@@ -59,16 +348,27 @@ def make_steps(
     eta: The constant of ASAM's normalization.
     ord: The exponent p of both balls.
   """
+  with_state = without_state(loss_fn)
   txs = {
     'sam': optax_asam.sam(base_tx, sam_rho, ord=ord),
     'asam': optax_asam.asam(base_tx, rho, eta, ord=ord),
   }
-  steps = {
-    'base': _plain_step(loss_fn, base_tx, gradients=1),
-    'two gradients': _plain_step(loss_fn, base_tx, gradients=2),
-    **{name: sharp_step(loss_fn, tx) for name, tx in txs.items()},
+  all_steps = {
+    'base': inside(plain_step(with_state, base_tx)),
+    'two gradients': inside(plain_step(with_state, base_tx, gradients=2)),
+    **{name: sharp_step(with_state, tx) for name, tx in txs.items()},
   }
-  return Steps(txs['asam'].init, steps)
+  return Steps(txs['asam'].init, all_steps)
+
+
+def without_state(
+  loss_fn: Callable[[optax.Params, Any], jax.Array],
+) -> LossFn:
+  """The loss of a model that keeps nothing but parameters."""
+  return lambda params, model_state, batch: (
+    loss_fn(params, batch),
+    model_state,
+  )
 
 
 def compile_step(
@@ -103,9 +403,10 @@ def compile_step(
     transform_non_params=lambda leaf: shaped(leaf, PartitionSpec()),
   )
   examples = jax.tree.map(lambda leaf: shaped(leaf, batch), network.batch)
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, (params, opt_state))
-  jitted = jax.jit(step, out_shardings=shardings, donate_argnums=(0, 1))
-  return jitted.lower(params, opt_state, examples).compile()
+  carry = Carry(params, opt_state, ())
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, carry)
+  jitted = jax.jit(step, out_shardings=shardings, donate_argnums=0)
+  return jitted.lower(carry, examples).compile()
 
 
 def objections(
@@ -165,38 +466,3 @@ def bytes_per_device(network: large_models.Network) -> int:
       strict=True,
     )
   )
-
-
-def sharp_step(
-  loss_fn: LossFn, tx: optax.GradientTransformationExtraArgs
-) -> Step:
-  """The train step of a transformation that takes a second gradient."""
-
-  def step(params, opt_state, batch):
-    grad_fn = lambda p: jax.grad(loss_fn)(p, batch)
-    updates, opt_state = tx.update(
-      grad_fn(params), opt_state, params, grad_fn=grad_fn
-    )
-    return optax.apply_updates(params, updates), opt_state
-
-  return step
-
-
-def _plain_step(
-  loss_fn: LossFn, base_tx: optax.GradientTransformation, gradients: int
-) -> Step:
-  """A step with several gradients, each at w + 0.01 times the last."""
-
-  def step(params, opt_state, batch):
-    grad_fn = lambda p: jax.grad(loss_fn)(p, batch)
-    sharpness_aware_state, base_state = opt_state
-    grads = grad_fn(params)
-    for _ in range(gradients - 1):
-      grads = grad_fn(
-        jax.tree.map(lambda w, g: w + 0.01 * g.astype(w.dtype), params, grads)
-      )
-    updates, base_state = base_tx.update(grads, base_state, params)
-    params = optax.apply_updates(params, updates)
-    return params, (sharpness_aware_state, base_state)
-
-  return step

@@ -129,12 +129,13 @@ def looksam(
 
   .. note::
     The second gradient is inside :func:`jax.lax.cond`, which under
-    :func:`jax.vmap` becomes a select and saves nothing, and inside which XLA
-    runs convolutions much more slowly on CPU. In these cases, choose in Python
-    between two jitted steps on the same state: one with ``every_k=1``, which
-    needs no ``cond``, for updates 0, k, 2k, ..., and one with ``every_k=k`` for
-    the others, to which ``grad_fn=lambda _: grads`` may be passed: the second
-    gradient is then compiled in the first alone.
+    :func:`jax.vmap` becomes a select and saves nothing, unless ``step`` is not
+    mapped, and inside which XLA runs convolutions much more slowly on CPU. In
+    these cases, choose in Python between two jitted steps on the same state:
+    one with ``every_k=1``, which needs no ``cond``, for updates 0, k, 2k, ...,
+    and one with ``every_k=k`` for the others, to which ``grad_fn=lambda _:
+    grads`` may be passed: the second gradient is then compiled in the first
+    alone.
   """
   _checks.check_count('every_k', every_k)
   _checks.check_scale('alpha', alpha, '0.1')

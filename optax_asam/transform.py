@@ -123,9 +123,10 @@ def sharpness_aware(
 
   .. note::
     ``every_k`` and ``when`` use :func:`jax.lax.cond`. Under :func:`jax.vmap` it
-    becomes a select and saves nothing, and on CPU, XLA runs convolutions inside
-    it much more slowly: in these cases, choose between two jitted steps
-    in Python.
+    becomes a select and saves nothing, unless ``step`` is not mapped
+    (``in_axes=None`` for integers of the state), and on CPU, XLA runs
+    convolutions inside it much more slowly: in these cases, choose between two
+    jitted steps in Python.
   """
   _checks.check_transformation(
     'ascent', ascent, 'steepest_ascent(normalization.elementwise())'

@@ -102,12 +102,19 @@ def read(
   if not path.exists():
     return {'config': config, 'tasks': {}}
   results = json.loads(path.read_text())
-  if results['config'] != config:
+  if not agree(results['config'], config):
     parser.error(
       f"argument --out: '{out}' holds results of other settings than this"
       f' program has now. Remove it, or write another --out.'
     )
   return results
+
+
+def agree(before: Any, now: Any) -> bool:
+  """Whether settings are equal, except for tasks and methods of one of them."""
+  if isinstance(before, dict) and isinstance(now, dict):
+    return all(agree(before[key], now[key]) for key in {*before} & {*now})
+  return before == now
 
 
 def load(

@@ -20,6 +20,7 @@ import pytest
 from benchmarks import collectives
 from benchmarks import compiled
 from benchmarks import large_models
+from benchmarks import step_time_report
 from benchmarks import steps
 from benchmarks import tpu_aot
 from benchmarks.compiled import Collective
@@ -201,7 +202,7 @@ def test_gathering_norm_is_found():
     lambda grads, params: optax.tree.scale(0.05 / norm(grads), grads)
   )
   tx = optax.chain(sharpness_aware(ascent), collectives.BASE_TX)
-  step = steps.sharp_step(collectives.loss_fn, tx)
+  step = steps.sharp_step(steps.without_state(collectives.loss_fn), tx)
   net = collectives.network('2-D', DEVICES)
   found = collectives.compile_for(net, step, tx.init)
   _, objections = compare('2-D', compiled.read(found))
@@ -225,11 +226,11 @@ def test_steps():
   assert list(all_steps) == list(perturbations) == list(steps.NAMES)
   params = jnp.asarray(w, jnp.float32)
   for name, step in all_steps.items():
-    state = init(params)
-    result, new_state = step(params, state, jnp.asarray(x, jnp.float32))
-    assert jax.tree.structure(new_state) == jax.tree.structure(state)
+    carry = steps.Carry(params, init(params), ())
+    result = step(carry, jnp.asarray(x, jnp.float32))
+    assert jax.tree.structure(result) == jax.tree.structure(carry)
     expected = w - 0.1 * (w + perturbations[name] - x)
-    assert error(result, np.asarray(expected, np.float32)) < 1e-6
+    assert error(result.params, np.asarray(expected, np.float32)) < 1e-6
 
 
 def test_networks():
@@ -242,6 +243,12 @@ def recorded(name):
   """The recorded results of a benchmark."""
   path = ROOT / 'benchmarks' / 'results' / f'{name}.json'
   return json.loads(path.read_text())
+
+
+def test_step_time_page():
+  """The tables of step times are those of the recorded results."""
+  text = step_time_report.PAGE.read_text()
+  assert step_time_report.page(text, step_time_report.load()) == text
 
 
 @pytest.mark.parametrize(

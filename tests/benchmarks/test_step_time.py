@@ -1,0 +1,126 @@
+"""Promise: step times are compared within rounds, and all are written."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import models
+from benchmarks import step_time
+from benchmarks import step_time_report
+from benchmarks import steps
+from benchmarks import timing
+
+
+def test_interleaved_rounds():
+  """On a machine that slows down, the ratio is that of the same rounds."""
+  now, order = 0.0, []
+
+  def runner(name, seconds, steps):
+    def run(n):
+      nonlocal now
+      order.append(name)
+      slowdown = 1 + 0.5 * ((len(order) - 1) // 3)  # from round to round
+      now += n * seconds * slowdown
+
+    return timing.Runner(run, steps)
+
+  runners = {
+    'base': runner('base', 0.01, 1),
+    'two': runner('two', 0.02, 1),
+    'cycle': runner('cycle', 0.06, 5),
+  }
+  times = timing.interleave(
+    runners, 60.0, min_rounds=4, max_rounds=8, clock=lambda: now
+  )
+  rounds = [order[i : i + 3] for i in range(6, len(order), 3)]
+  assert len(rounds) == 8
+  assert all(sorted(each) == sorted(runners) for each in rounds)
+  assert len(set(map(tuple, rounds))) > 1
+  assert times['base'].max() > 2 * times['base'].min()
+  for name, expected in {'two': 2.0, 'cycle': 1.2}.items():
+    np.testing.assert_allclose(
+      timing.ratio(times[name], times['base']), expected
+    )
+  # Without time, the least number of rounds is made.
+  assert (
+    len(
+      timing.interleave(runners, 0.0, min_rounds=4, clock=lambda: now)['base']
+    )
+    == 4
+  )
+
+
+def test_interval():
+  """The interval holds the median, and is as wide as rounds differ."""
+  ratios = 2 + 0.1 * np.random.default_rng(1).standard_normal(200)
+  median, low, high = timing.ratio(ratios, np.ones(200))
+  assert low < median < high
+  assert 0.01 < high - low < 0.08
+
+
+@pytest.fixture(scope='module')
+def results(tmp_path_factory, quickly_compiled):
+  """What a short run of every method on a small model writes."""
+  out = tmp_path_factory.mktemp('step_time')
+  argv = ['--models', 'tiny', '--max-rounds', '2', '--min-rounds', '2']
+  step_time.main([*argv, '--out', str(out)])
+  return json.loads((out / 'step_time.json').read_text())
+
+
+def test_results(results):
+  """Every method has a row with all keys, and base has ratios of one."""
+  assert set(results) == {'machine', 'versions', 'commit', 'rows'}
+  rows = {row['method']: row for row in results['rows']}
+  jax_methods = [
+    name for name in step_time.METHODS if name not in step_time.TORCH
+  ]
+  assert set(rows) == {*steps.METHODS, 'late_20'}
+  assert set(rows) <= set(jax_methods)
+  for row in rows.values():
+    assert tuple(row) == timing.KEYS
+    assert all(
+      isinstance(row[key], (int, float)) and row[key] > 0
+      for key in timing.KEYS[2:]
+    )
+    assert row['step_over_base_low'] <= row['step_over_base_high']
+  assert [rows['base'][key] for key in timing.KEYS[3:8]] == [1.0] * 5
+  assert rows['two_gradients']['instructions'] > rows['base']['instructions']
+  # Late in training, one step in five is ASAM's, as with every fifth.
+  assert rows['late_20']['bytes_accessed'] == rows['every_5']['bytes_accessed']
+
+
+def test_report(results):
+  """The page gets a table of each file, and the chart a panel of each model."""
+  text = 'a\n\n<!-- step_time -->\n\nold\n\n<!-- end -->\n\nb <!-- end -->'
+  made = step_time_report.page(text, {'step_time': results})
+  assert made.startswith('a\n\n<!-- step_time -->\n\n')
+  assert made.endswith('\n\n<!-- end -->\n\nb <!-- end -->')
+  assert 'old' not in made
+  assert '| `base` | 1.00 |' in made
+  assert step_time_report.page(made, {'step_time': results}) == made
+  figure = step_time_report.chart({'step_time': results})
+  assert [axes.get_title() for axes in figure.axes] == ['tiny']
+
+
+def test_failures_are_reported(capsys, monkeypatch):
+  """A method that fails costs its own row alone."""
+
+  def fail(model, base_tx):
+    raise ValueError('broken')
+
+  monkeypatch.setitem(steps.METHODS, 'asam', fail)
+  rows = step_time.measure(
+    'tiny', 'cpu', methods=['asam'], seconds=0, min_rounds=1
+  )
+  assert [row['method'] for row in rows] == ['base']
+  assert 'tiny, asam: ValueError: broken' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('name', [*models.MODULES])
+def test_twins(name):
+  """A model and its NNX twin have the same parameters."""
+  model = models.make(name, 'cpu')
+  shapes = lambda tree: sorted(x.shape for x in jax.tree.leaves(tree))
+  assert shapes(model.twin().params) == shapes(model.params)
