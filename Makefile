@@ -3,7 +3,8 @@ INTERPRETER = $(PYTHON)
 PYTEST = -m pytest -n 2 --dist loadfile --junitxml out/tests/$@.xml
 LIBRARY = tests/test_*.py optax_asam
 
-.PHONY: demo bench test test-all test-oldest test-newest test-tpu docs lint clean
+.PHONY: demo bench test test-all test-oldest test-newest test-tpu \
+  test-trainers docs lint clean
 
 # Train on real data: SGD, SAM and ASAM on digits with label noise.
 demo: .venv/demo/.installed
@@ -43,6 +44,10 @@ test-newest: .venv/newest/.installed
 test-tpu: .venv/tpu/.installed
 	.venv/tpu/bin/python $(PYTEST) tests/tpu
 
+# The code of docs/trainers.md in the trainers themselves; 4 GB.
+test-trainers: .venv/trainers/.installed
+	.venv/trainers/bin/python $(PYTEST) tests/trainers
+
 # The site, in docs/_build; warnings are errors.
 docs: .venv/docs/.installed
 	.venv/docs/bin/sphinx-build -W --keep-going -q docs docs/_build
@@ -50,6 +55,7 @@ docs: .venv/docs/.installed
 .venv/demo/.installed: EXTRA = examples
 .venv/test/.installed: EXTRA = test
 .venv/tpu/.installed: EXTRA = test,tpu
+.venv/trainers/.installed: EXTRA = trainers
 .venv/docs/.installed: EXTRA = docs
 .venv/oldest/.installed: EXTRA = test
 .venv/oldest/.installed: CONSTRAINTS = --constraint .venv/oldest.txt

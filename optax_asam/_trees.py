@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_asam import _checks
@@ -114,9 +115,17 @@ def is_function(mask: Mask) -> bool:
   """Whether ``mask`` is a function from params to a mask.
 
   The leaves decide, as in Optax: an Equinox module of bools is callable, too.
+  A function may itself be a pytree: Optimistix wraps closures in modules.
   """
   leaves = jax.tree.leaves(mask)
-  return bool(leaves) and all(callable(leaf) for leaf in leaves)
+  return (
+    callable(mask)
+    and bool(leaves)
+    and not any(
+      isinstance(leaf, (bool, np.bool_)) or _checks.is_array(leaf)
+      for leaf in leaves
+    )
+  )
 
 
 def _by_name(prefix: PyTree, params: optax.Params) -> PyTree | None:

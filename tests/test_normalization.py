@@ -230,6 +230,32 @@ def test_callable_mask_of_bools():
   assert t.shift == 1
 
 
+def test_mask_function_in_a_pytree():
+  """A function whose leaves are not functions, as Optimistix makes of one."""
+
+  @jax.tree_util.register_pytree_node_class
+  class Closure:
+    """A function with its closure as children."""
+
+    def __init__(self, code):
+      self.code = code
+
+    def __call__(self, params):
+      return normalization.not_bias(params)
+
+    def tree_flatten(self):
+      return (self.code,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+      return cls(*children)
+
+  params = {'kernel': jnp.ones(2), 'bias': jnp.ones(2)}
+  t = normalization.elementwise(0.5, mask=Closure(object()))(params)
+  np.testing.assert_allclose(t['kernel'], 1.5)
+  assert t['bias'] == 1
+
+
 def test_none_in_params():
   """None is not a leaf: Equinox's filtered trees hold it."""
   t = normalization.elementwise(0.5)({'w': jnp.ones(2), 'activation': None})
