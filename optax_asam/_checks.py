@@ -537,27 +537,14 @@ def no_momentum(reason: str) -> ValueError:
   )
 
 
-def check_one_state(states: list[Any]) -> None:
-  """Raises unless there is one state of :func:`momentum_asam`."""
-  if len(states) != 1:
+def check_one_perturbation(count: int) -> None:
+  """Raises unless ``count`` perturbations were found in a state."""
+  if count != 1:
     raise ValueError(
-      f'opt_state must contain one state of momentum_asam, but contains'
-      f' {len(states)}. Pass the state of the whole optimizer:'
+      f'opt_state must contain one perturbation of params, but contains {count}'
+      f' with their names and shapes. Pass the state of an optimizer with'
+      f' momentum_asam, and the parameters of its training loop:'
       f' eval_params(opt_state, params).'
-    )
-
-
-def check_perturbation(perturbation: list[Any], params: list[Any]) -> None:
-  """Raises unless the leaves of a perturbation are those of ``params``."""
-  got = [jnp.shape(w) for w in params]
-  want = [None if is_masked(e) else jnp.shape(e) for e in perturbation]
-  if len(got) != len(want) or any(
-    b is not None and a != b for a, b in zip(got, want, strict=True)
-  ):
-    raise ValueError(
-      f'params must be those that opt_state belongs to, but got {len(got)}'
-      f' arrays of shapes {got} for perturbations of shapes {want}. Pass the'
-      f' parameters of the training loop: eval_params(opt_state, params).'
     )
 
 

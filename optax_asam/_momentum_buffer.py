@@ -1,5 +1,7 @@
 """The momentum that an optimizer keeps in its state."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,27 +12,36 @@ from optax_asam import _trees
 
 # Fields of Optax's states that hold an average of gradients.
 _NAMES = ('trace', 'mu')
+# The names on the path of a leaf within a field, and the leaf.
+_Field = list[tuple[tuple[Any, ...], Any]]
+
+
+def fields(state: optax.OptState, names: tuple[str, ...]) -> list[_Field]:
+  """What ``state`` holds under one of ``names``, which may contain each other.
+
+  Paths are looked at, not types of nodes: a state may have become a tree of
+  dictionaries, parameters may be named ``mu``, and arrays have a method
+  ``trace``.
+  """
+  found = {}
+  for path, leaf in jax.tree.leaves_with_path(state):
+    path = _checks.names(path)
+    for i, name in enumerate(path, start=1):
+      if isinstance(name, str) and name in names:
+        found.setdefault(path[:i], []).append((path[i:], leaf))
+  return list(found.values())
 
 
 def find(state: optax.OptState, params: optax.Params) -> list[optax.Params]:
-  """All that ``state`` holds in a field ``trace`` or ``mu``, like ``params``.
-
-  The paths of leaves are compared, not types of nodes: the parameters
-  themselves may be named ``mu``, and arrays have a method ``trace``.
-  """
+  """What ``state`` holds in fields ``trace`` or ``mu``, like ``params``."""
   leaves, treedef = jax.tree.flatten_with_path(params)
   if not leaves:  # A placeholder of optax.tree.map_params, for example.
     return [params]
-  like = [(_checks.names(path), jnp.shape(leaf)) for path, leaf in leaves]
-  fields = {}
-  for path, leaf in jax.tree.leaves_with_path(state):
-    for i, key in enumerate(path, start=1):
-      if getattr(key, 'name', None) in _NAMES:
-        fields.setdefault(path[:i], []).append((path[i:], leaf))
+  shapes = [(_checks.names(path), jnp.shape(leaf)) for path, leaf in leaves]
   return [
     treedef.unflatten(leaf for _, leaf in field)
-    for field in fields.values()
-    if [(_checks.names(path), jnp.shape(leaf)) for path, leaf in field] == like
+    for field in fields(state, _NAMES)
+    if [(path, jnp.shape(leaf)) for path, leaf in field] == shapes
   ]
 
 

@@ -169,8 +169,8 @@ def momentum_asam(
     eps = coordinates.push(*_geometry.direction(h, scalars, ord))
     eps, rho_state = scale.update(eps, state.rho_state, w)
 
-    # With plus and minus exchanged, an update of -0.0 would become 0.0: without
-    # a perturbation, it is that of `base_tx`, bit for bit.
+    # Without a perturbation, the update is that of `base_tx`, bit for bit: 0.0
+    # is subtracted, since it would turn -0.0 into 0.0 if it were added.
     updates = jax.tree.map(
       lambda e, old, u: (
         u
@@ -210,8 +210,8 @@ def eval_params(opt_state: Any, params: optax.Params) -> optax.Params:
   Args:
     opt_state: The state of an optimizer that contains :func:`momentum_asam`,
       such as that of an ``optax.chain``, ``optax.inject_hyperparams`` or
-      ``optax.MultiSteps``; or what holds it as ``opt_state``, such as Flax's
-      ``TrainState`` and ``nnx.Optimizer``.
+      ``optax.MultiSteps``, also as a tree of dictionaries; or what holds it as
+      ``opt_state``, such as Flax's ``TrainState`` and ``nnx.Optimizer``.
     params: The parameters of the training loop that belong to ``opt_state``, a
       pytree of arrays or of Flax NNX variables, such as ``nnx.state(model,
       nnx.Param)``.
@@ -221,8 +221,8 @@ def eval_params(opt_state: Any, params: optax.Params) -> optax.Params:
     it is.
 
   Raises:
-    ValueError: ``opt_state`` does not hold exactly one state of
-      :func:`momentum_asam`, or one of other parameters.
+    ValueError: ``opt_state`` does not hold exactly one perturbation of
+      ``params``.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -235,25 +235,21 @@ def eval_params(opt_state: Any, params: optax.Params) -> optax.Params:
     >>> print(eval_params(state, optax.apply_updates(params, updates)))
     [3. 4.]
   """
-  states = [
-    node
-    for node in jax.tree.leaves(
-      getattr(opt_state, 'opt_state', opt_state), is_leaf=_is_state
+  leaves, treedef = jax.tree.flatten_with_path(params)
+  leaves = [(_checks.names(path), w) for path, w in leaves]
+  shapes = {path: jnp.shape(w) for path, w in leaves}
+  found = [
+    dict(field)
+    for field in _momentum_buffer.fields(
+      getattr(opt_state, 'opt_state', opt_state), ('perturbation',)
     )
-    if _is_state(node)
+    if all(shapes.get(path) == jnp.shape(e) for path, e in field)
   ]
-  _checks.check_one_state(states)
-  perturbation = jax.tree.leaves(
-    states[0].perturbation, is_leaf=_checks.is_masked
+  _checks.check_one_perturbation(len(found))
+  # What is masked out has none.
+  return treedef.unflatten(
+    _clean(found[0].get(path, optax.MaskedNode()), w) for path, w in leaves
   )
-  leaves, treedef = jax.tree.flatten(params)
-  _checks.check_perturbation(perturbation, leaves)
-  return treedef.unflatten(map(_clean, perturbation, leaves))
-
-
-def _is_state(node: Any) -> bool:
-  """Whether ``node`` is the state of :func:`momentum_asam`."""
-  return isinstance(node, MomentumASAMState)
 
 
 def _zeros(params: optax.Params, mask: _trees.Mask | None) -> optax.Updates:
