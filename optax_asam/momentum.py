@@ -38,7 +38,7 @@ class MomentumASAMState(NamedTuple):
 @_checks.checks_base_tx
 def momentum_asam(
   base_tx: optax.GradientTransformation,
-  rho: chex.Numeric | optax.Schedule = 1.0,
+  rho: chex.Numeric | optax.Schedule = 2.0,
   eta: chex.Numeric = 0.01,
   adaptive: bool | _normalization.Normalization = True,
   *,

@@ -39,7 +39,7 @@ SIGNATURES = {
     ' ascent_fun=None)'
   ),
   optax_asam.momentum_asam: (
-    '(base_tx, rho=1.0, eta=0.01, adaptive=True, *, ord=2, mask=None,'
+    '(base_tx, rho=2.0, eta=0.01, adaptive=True, *, ord=2, mask=None,'
     ' momentum=None)'
   ),
   optax_asam.eval_params: '(opt_state, params)',

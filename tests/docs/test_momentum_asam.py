@@ -15,7 +15,7 @@ PAGE = pages.read_page('momentum_asam')
 PIECES = pages.read_pieces(PAGE)
 pytestmark = pytest.mark.usefixtures('quickly_compiled')
 
-RHO, ETA = 1.0, 0.01  # the defaults
+RHO, ETA = 2.0, 0.01  # the defaults
 K = 2
 SGD = optax.sgd(0.1, momentum=0.9)
 LABELS = {'kernel': 'train', 'bias': 'freeze'}
