@@ -241,7 +241,7 @@ def checked_ascent_fun(
       is_valid = is_float_scalar(out)
     if not is_valid:
       raise TypeError(
-        f'ascent_fun must return {needed}, as the differentiated function does,'
+        f'ascent_fun must return {needed}, like the function to differentiate,'
         f' but returned {describe(out)}. For example: {write}.'
       )
     return out
@@ -392,9 +392,9 @@ def check_selects_something(mask: Any) -> None:
   ):
     raise ValueError(
       f'mask selects nothing: {reprlib.repr(mask)} is False everywhere. Use'
-      f' mask=None to select all leaves, or omit the transformation. If'
-      f' normalization.normalization_layers made it, no layer of params has a'
-      f' name that it knows: mask=lambda params: ...'
+      f' mask=None to select all leaves, or omit the transformation. If the'
+      f' mask is normalization.normalization_layers, it recognized no layer of'
+      f' params by name: pass a mask of your own, mask=lambda params: ...'
     )
 
 
@@ -529,11 +529,11 @@ def check_operator(t: Any, params: optax.Params) -> None:
 
 
 def no_momentum(reason: str) -> ValueError:
-  """The error for a ``base_tx`` whose momentum :func:`momentum_asam` lacks."""
+  """The error for a ``base_tx`` without a momentum for ``momentum_asam``."""
   return ValueError(
-    f'base_tx must keep one average of gradients like params, in a field trace'
-    f' or mu of its state, but {reason}. Keep one beside it:'
-    f' momentum_asam(base_tx, momentum=0.9).'
+    f'base_tx must keep exactly one average of gradients with the structure of'
+    f' params, in a field named trace or mu of its state, but {reason}. Let'
+    f' momentum_asam keep it instead: momentum_asam(base_tx, momentum=0.9).'
   )
 
 
@@ -541,9 +541,9 @@ def check_one_perturbation(count: int) -> None:
   """Raises unless ``count`` perturbations were found in a state."""
   if count != 1:
     raise ValueError(
-      f'opt_state must contain one perturbation of params, but contains {count}'
-      f' with their names and shapes. Pass the state of an optimizer with'
-      f' momentum_asam, and the parameters of its training loop:'
+      f'opt_state must contain exactly one perturbation with the names and'
+      f' shapes of params, but contains {count}. Pass the state of an optimizer'
+      f' that contains momentum_asam, and the parameters of its training loop:'
       f' eval_params(opt_state, params).'
     )
 

@@ -59,7 +59,7 @@ def check_found(
   """
   count = len(find(state, params))
   if count != 1:
-    raise _checks.no_momentum(f'holds {count} of them')
+    raise _checks.no_momentum(f'it keeps {count}')
   random = np.random.default_rng(0)
 
   def small(w):
@@ -86,7 +86,7 @@ def check_found(
         )
       ]
     except Exception as error:
-      raise _checks.no_momentum('could not be tried on small arrays') from error
+      raise _checks.no_momentum('an update of small arrays failed') from error
   ratios = np.concatenate([np.empty(0), *ratios])
   if ratios.size and not 0 < ratios.max() <= 1.02 * ratios.min():
-    raise _checks.no_momentum('does not hold a multiple of the gradient')
+    raise _checks.no_momentum('what it keeps is not an average of gradients')

@@ -36,12 +36,12 @@ def value_and_grad(
     (L(w), \nabla L(w + \epsilon)), \quad
     \epsilon = \rho \, \frac{T_w^2 \nabla L(w)}{\|T_w \nabla L(w)\|_2}
 
-  A drop-in for :func:`jax.value_and_grad` with any optimizer and trainer. The
-  value and the auxiliary data are those of the unperturbed pass, so BatchNorm
-  statistics among them are updated once, from the unperturbed model. The other
-  arguments, such as a dropout key, are the same in both passes. With
-  ``ascent_fun``, the value and the auxiliary data are those of the perturbed
-  pass. For modules that hold more than parameters, use :mod:`optax_asam.nnx` or
+  A drop-in replacement for :func:`jax.value_and_grad` with any optimizer and
+  trainer. The value and the auxiliary data are those of the clean pass, so
+  BatchNorm statistics among them are updated once, from the unperturbed model;
+  with ``ascent_fun``, they are those of the perturbed pass. The other
+  arguments, such as a dropout key, are the same in both passes. For modules
+  that hold more than parameters, use :mod:`optax_asam.nnx` or
   :mod:`optax_asam.equinox`.
 
   Args:
@@ -63,13 +63,13 @@ def value_and_grad(
       that is returned; by default the perturbed one.
     perturbed_dtype: The dtype in which w + eps is formed, as in
       :func:`sharpness_aware`; by default each parameter's own.
-    ascent_fun: The function whose gradient determines the perturbation, by
-      default ``fun``. It takes the arguments of ``fun`` and returns what
-      ``fun`` returns, such as the loss of part of the batch:
-      ``ascent_fun=lambda params, batch: loss_fn(params, batch[::4])``. All
-      ascent steps use it, and ``fun`` is evaluated once: the value and the
-      auxiliary data are those of ``fun`` at w + eps. The first argument of
-      ``descent`` is the gradient of ``ascent_fun``.
+    ascent_fun: The function whose gradient determines the perturbation; by
+      default ``fun``. It takes the same arguments as ``fun`` and returns a
+      scalar, or with ``has_aux`` a pair. For example, the loss of a quarter of
+      the batch: ``ascent_fun=lambda params, batch: loss_fn(params,
+      batch[::4])``. All ascent steps use it. ``fun`` is evaluated only at
+      w + eps, so the value and the auxiliary data are those at w + eps. The
+      first argument of ``descent`` is the gradient of ``ascent_fun``.
 
   Returns:
     A function of the arguments of ``fun`` that returns ``(value, grads)``, or

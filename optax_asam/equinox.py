@@ -1,4 +1,4 @@
-r"""Drop-ins for Equinox's ``filter_value_and_grad`` and ``filter_grad``.
+r"""Equinox's ``filter_value_and_grad`` and ``filter_grad``, sharpness-aware.
 
 Import this module by name; ``import optax_asam`` does not import Equinox.
 """
@@ -38,11 +38,12 @@ def filter_value_and_grad(
     (L(w), \nabla L(w + \epsilon)), \quad
     \epsilon = \rho \, \frac{T_w^2 \nabla L(w)}{\|T_w \nabla L(w)\|_2}
 
-  A drop-in for ``equinox.filter_value_and_grad`` with any optimizer. The
-  floating arrays of the first argument are differentiated and perturbed. The
-  value and the auxiliary data, such as an ``equinox.nn.State``, are those of
-  the clean pass, or with ``ascent_fun`` those of the perturbed pass. The other
-  arguments, such as a state or a dropout key, are the same in both passes.
+  A drop-in replacement for ``equinox.filter_value_and_grad`` with any
+  optimizer. The floating arrays of the first argument are differentiated and
+  perturbed. The value and the auxiliary data, such as an ``equinox.nn.State``,
+  are those of the clean pass; with ``ascent_fun``, they are those of the
+  perturbed pass. The other arguments, such as a state or a dropout key, are the
+  same in both passes.
 
   Args:
     fun: A function that returns a scalar, or with ``has_aux`` a pair of a
@@ -63,13 +64,13 @@ def filter_value_and_grad(
       that is returned; by default the perturbed one.
     perturbed_dtype: The dtype in which w + eps is formed, as in
       :func:`optax_asam.sharpness_aware`; by default each parameter's own.
-    ascent_fun: The function whose gradient determines the perturbation, by
-      default ``fun``. It takes the arguments of ``fun`` and returns what
-      ``fun`` returns, such as the loss of part of the batch:
-      ``ascent_fun=lambda model, batch: loss_fn(model, batch[::4])``. All ascent
-      steps use it, and ``fun`` is evaluated once: the value and the auxiliary
-      data are those of ``fun`` at w + eps. The first argument of ``descent`` is
-      the gradient of ``ascent_fun``.
+    ascent_fun: The function whose gradient determines the perturbation; by
+      default ``fun``. It takes the same arguments as ``fun`` and returns a
+      scalar, or with ``has_aux`` a pair. For example, the loss of a quarter of
+      the batch: ``ascent_fun=lambda model, batch: loss_fn(model,
+      batch[::4])``. All ascent steps use it. ``fun`` is evaluated only at
+      w + eps, so the value and the auxiliary data are those at w + eps. The
+      first argument of ``descent`` is the gradient of ``ascent_fun``.
 
   Returns:
     A function of the arguments of ``fun`` that returns ``(value, grads)``, or

@@ -1,7 +1,7 @@
 r"""LookSAM: the second gradient on every k-th update, reused in between.
 
-On the updates in between, what the perturbation changed in the gradient is
-used again: a step costs :math:`1 + 1/k` gradients on average.
+The updates in between reuse the direction in which the perturbation changed the
+gradient, so a step costs :math:`1 + 1/k` gradients on average.
 """
 
 from collections.abc import Hashable
@@ -22,14 +22,14 @@ from optax_asam import transform
 
 
 class LookSAMState(NamedTuple):
-  r"""State of :func:`looksam`, without that of the base.
+  r"""State of :func:`looksam`, without that of ``base_tx``.
 
   Attributes:
     step: Number of updates so far, an int32 scalar.
     perturbed_value: The last L(w + eps) that was measured with ``value_fn``, a
       scalar of at least float32. Zero at first.
     ascent_state: State of the ascent.
-    direction: :math:`g_v / \|g_v\|` of the last update that took the second
+    direction: :math:`g_v / \|g_v\|_2` from the last update that took the second
       gradient, a pytree like ``params`` in at least float32. Zero if there is
       none.
   """
@@ -56,14 +56,15 @@ def looksam(
 ) -> optax.GradientTransformationExtraArgs:
   r"""LookSAM around any Optax optimizer, with the perturbation of ASAM.
 
-  On updates 0, k, 2k, ... with g at w and :math:`\tilde g` at :math:`w +
-  \epsilon`, the perturbation of :func:`optax_asam.asam`:
+  On updates 0, k, 2k, ..., with the gradients g at w and :math:`\tilde g` at
+  :math:`w + \epsilon`, where :math:`\epsilon` is the perturbation of
+  :func:`optax_asam.asam`, the descended gradient is :math:`g'`:
 
   .. math::
     g' = \tilde g, \quad
     g_v = \tilde g - \frac{\langle g, \tilde g \rangle}{\|g\|_2^2} \, g
 
-  On the others, with the last :math:`g_v`:
+  On all other updates, with the last :math:`g_v`:
 
   .. math::
     g' = g + \alpha \, \|g\|_2 \, \frac{g_v}{\|g_v\|_2}
@@ -78,11 +79,11 @@ def looksam(
     adaptive: True for element-wise normalization of all but biases, False for
       none (the LookSAM of the paper), or a normalization.
     every_k: The second gradient is taken on updates 0, k, 2k, ...
-    alpha: The weight :math:`\alpha \ge 0` of the direction that is used again,
-      a number or a traced scalar.
+    alpha: The weight :math:`\alpha \ge 0` of the reused direction, a number or
+      a traced scalar.
     ord: The exponent p of the ball, in (1, inf].
     mask: Which leaves are perturbed, as in :func:`optax_asam.asam`. The
-      direction covers all leaves.
+      direction includes all leaves.
     axis_name: Name of the mapped axis over which gradients are averaged, as in
       :func:`optax_asam.sharpness_aware`. The direction is that of averaged
       gradients.
@@ -96,9 +97,9 @@ def looksam(
     of :class:`LookSAMState`, which holds one copy of the parameters in at least
     float32, and the state of ``base_tx``.
 
-    There is no direction, and updates in between are those of ``base_tx``, if
-    g or :math:`\tilde g` is zero or not finite, or if :math:`g_v` is no larger
-    than rounding errors, as with ``rho=0``.
+    If g or :math:`\tilde g` is zero or not finite, or if :math:`g_v` is no
+    larger than rounding errors, as with ``rho=0``, the direction is zero, and
+    updates in between are those of ``base_tx``.
 
   Raises:
     TypeError: An argument or the result of a function has the wrong type.
@@ -128,14 +129,13 @@ def looksam(
     <https://arxiv.org/abs/2203.02714>`_, 2022, algorithm 1.
 
   .. note::
-    The second gradient is inside :func:`jax.lax.cond`, which under
-    :func:`jax.vmap` becomes a select and saves nothing, unless ``step`` is not
-    mapped, and inside which XLA runs convolutions much more slowly on CPU. In
-    these cases, choose in Python between two jitted steps on the same state:
-    one with ``every_k=1``, which needs no ``cond``, for updates 0, k, 2k, ...,
-    and one with ``every_k=k`` for the others, to which ``grad_fn=lambda _:
-    grads`` may be passed: the second gradient is then compiled in the first
-    alone.
+    The second gradient is inside :func:`jax.lax.cond`. Under :func:`jax.vmap`
+    it becomes a select and saves nothing, unless ``step`` is not mapped, and on
+    CPU, XLA runs convolutions inside it much more slowly. In these cases,
+    choose in Python between two jitted steps on the same state: one with
+    ``every_k=1``, which needs no ``cond``, for updates 0, k, 2k, ..., and one
+    with ``every_k=k`` for the others. Pass ``grad_fn=lambda _: grads`` to the
+    latter, so that it does not compile a second gradient.
   """
   _checks.check_count('every_k', every_k)
   _checks.check_scale('alpha', alpha, '0.1')

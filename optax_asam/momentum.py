@@ -1,4 +1,4 @@
-r"""ASAM at one gradient per step, perturbed against the momentum."""
+r"""ASAM with one gradient per step: perturbs against the momentum."""
 
 from typing import Any
 from typing import NamedTuple
@@ -20,12 +20,12 @@ class MomentumASAMState(NamedTuple):
   """State of :func:`momentum_asam`.
 
   Attributes:
-    perturbation: The difference of ``params`` and w, a pytree like ``params``
-      in at least float32, with an :class:`optax.MaskedNode` for each leaf that
-      is masked out.
-    momentum: The average of gradients that ``momentum=`` asks for, likewise;
-      otherwise None.
-    rho_state: The number of updates, for a schedule of ``rho``.
+    perturbation: The difference between ``params`` and w, a pytree like
+      ``params`` in at least float32, with an :class:`optax.MaskedNode` for each
+      leaf that is masked out.
+    momentum: The average of gradients, a pytree like ``perturbation``, or None
+      if ``base_tx`` keeps it.
+    rho_state: The number of updates so far, for a schedule of ``rho``.
     base_state: State of ``base_tx``.
   """
 
@@ -46,7 +46,7 @@ def momentum_asam(
   mask: _trees.Mask | None = None,
   momentum: chex.Numeric | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""ASAM at one gradient per step: perturbs against the momentum.
+  r"""ASAM with one gradient per step: perturbs against the momentum.
 
   .. math::
     g_t = \nabla L(w_t + \epsilon_t), \quad
@@ -54,41 +54,43 @@ def momentum_asam(
     \epsilon_{t + 1} = - \rho \, \frac{T_{w_{t + 1}}^2 m_{t + 1}}
     {\|T_{w_{t + 1}} m_{t + 1}\|_2}
 
-  with the average :math:`m_{t + 1}` of gradients, :math:`g_t` included, and
-  :math:`\epsilon_0 = 0`. **The parameters of the training loop are**
-  :math:`w + \epsilon`: an ordinary loop that calls ``tx.update(grads, state,
-  params)`` thus takes gradients there. Evaluate, average, export and save the
-  clean :math:`w`, which :func:`eval_params` returns. ``base_tx`` sees w, so
-  weight decay is that of w.
+  where :math:`m_{t + 1}` is an average of the gradients up to and including
+  :math:`g_t`, and :math:`\epsilon_0 = 0`. **The parameters of the training loop
+  are** :math:`w + \epsilon`, so an ordinary loop that calls ``tx.update(grads,
+  state, params)`` computes its gradients there. To evaluate, average or export
+  the clean parameters :math:`w`, use :func:`eval_params`. ``base_tx`` sees w,
+  so weight decay applies to w.
 
   Args:
     base_tx: The optimizer, such as ``optax.sgd(0.1, momentum=0.9)``.
     rho: The radius :math:`\rho \ge 0` of the perturbation: a number, a traced
       scalar, or an Optax schedule of the number of updates. A schedule that is
-      zero at first perturbs only the late phase of training.
+      zero at first perturbs only in the late phase of training.
     eta: The constant :math:`\eta \ge 0` of element-wise normalization, used if
       ``adaptive`` is True.
     adaptive: True for element-wise normalization of all but biases, False for
       none, or a normalization such as ``normalization.filterwise(0.01)``.
     ord: The exponent p of the ball, in (1, inf].
     mask: Which leaves are perturbed, as in :func:`asam`.
-    momentum: The decay :math:`0 \le \beta < 1` of an average of gradients
-      kept here, :math:`m_{t + 1} = \beta m_t + (1 - \beta) g_t`, from which
-      non-finite gradients are left out. By default m is the average that
-      ``base_tx`` keeps, as SGD with momentum, Adam, AdamW, NAdam, RAdam, LAMB,
-      Lion, AdaBelief, Yogi, AMSGrad and AdaMax do.
+    momentum: The decay :math:`0 \le \beta < 1` of an average of gradients,
+      :math:`m_{t + 1} = \beta m_t + (1 - \beta) g_t`, that is kept in addition
+      to the state of ``base_tx``. Non-finite gradients do not enter it. By
+      default, m is the average that ``base_tx`` keeps, as do SGD with momentum,
+      Adam, AdamW, NAdam, RAdam, LAMB, Lion, AdaBelief, Yogi, AMSGrad and
+      AdaMax.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs` whose ``update`` needs
     ``params`` and returns updates in the dtypes of those of ``base_tx``. Its
-    state is a :class:`MomentumASAMState`: that of ``base_tx``, one copy of the
-    perturbed parameters in at least float32, and another with ``momentum=``.
+    state is a :class:`MomentumASAMState`: the state of ``base_tx`` and the
+    perturbation, which is one copy, in at least float32, of the leaves that
+    ``mask`` selects. With ``momentum``, there is another such copy.
 
   Raises:
     TypeError: An argument is of the wrong type.
-    ValueError: An argument is out of its range; ``update`` got no ``params``;
-      or ``init`` finds no average of gradients in the state of ``base_tx``, and
-      ``momentum`` is None.
+    ValueError: An argument is out of its range; ``update`` is called without
+      ``params``; or ``momentum`` is None, and ``init`` does not find exactly
+      one average of gradients in the state of ``base_tx``.
 
   Examples:
     >>> import jax
@@ -114,9 +116,9 @@ def momentum_asam(
     algorithm 1; Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021.
 
   .. note::
-    Whatever scales or averages the updates or the parameters after this
-    transformation would also scale the perturbation: put it inside, as part of
-    ``base_tx``.
+    Scaling or averaging the updates or the parameters after this
+    transformation would affect the perturbation, too. Put such transformations
+    inside, as part of ``base_tx``.
   """
   normalization = _normalization.of(eta, adaptive)
   scale = _ascent.scale_by_rho(rho)
@@ -199,29 +201,30 @@ def momentum_asam(
 
 
 def eval_params(opt_state: Any, params: optax.Params) -> optax.Params:
-  r"""The clean parameters w of :func:`momentum_asam`.
+  r"""Returns the clean parameters w of :func:`momentum_asam`.
 
   .. math::
     w = (w + \epsilon) - \epsilon
 
-  The training loop holds :math:`w + \epsilon`. Evaluate, average, export and
-  save w.
+  The parameters of the training loop are :math:`w + \epsilon`. Evaluate,
+  average and export w instead. To resume training, save ``opt_state`` and
+  ``params``.
 
   Args:
-    opt_state: The state of an optimizer that contains :func:`momentum_asam`,
-      such as that of an ``optax.chain``, ``optax.inject_hyperparams`` or
-      ``optax.MultiSteps``, also as a tree of dictionaries; or what holds it as
-      ``opt_state``, such as Flax's ``TrainState`` and ``nnx.Optimizer``.
-    params: The parameters of the training loop that belong to ``opt_state``, a
-      pytree of arrays or of Flax NNX variables, such as ``nnx.state(model,
-      nnx.Param)``.
+    opt_state: The state of :func:`momentum_asam`, or of an optimizer that
+      contains it, such as an ``optax.chain``, ``optax.inject_hyperparams`` or
+      ``optax.MultiSteps``. It may have been converted to nested dictionaries.
+      An object with such a state as its attribute ``opt_state``, such as Flax's
+      ``TrainState`` or ``nnx.Optimizer``, also works.
+    params: The parameters of the training loop at the same step, a pytree of
+      arrays or of Flax NNX variables, such as ``nnx.state(model, nnx.Param)``.
 
   Returns:
-    A pytree like ``params``, in its dtypes. What is masked out is returned as
-    it is.
+    A pytree like ``params``, in the same dtypes. Leaves that are masked out are
+    returned unchanged.
 
   Raises:
-    ValueError: ``opt_state`` does not hold exactly one perturbation of
+    ValueError: ``opt_state`` does not contain exactly one perturbation of
       ``params``.
 
   Examples:

@@ -44,13 +44,13 @@ def value_and_grad(
     (L(w), \nabla L(w + \epsilon)), \quad
     \epsilon = \rho \, \frac{T_w^2 \nabla L(w)}{\|T_w \nabla L(w)\|_2}
 
-  A drop-in for ``nnx.value_and_grad`` with any optimizer. The value, the
-  auxiliary data, and the batch statistics and RNG counts that are left in the
-  modules are those of the clean pass. The perturbed pass starts from the same
-  statistics and keys, so both passes drop the same units, and its changes are
-  discarded. Only the differentiated variables are perturbed. With
-  ``ascent_fun``, it is the perturbed pass that yields the value, the auxiliary
-  data, the statistics and the counts.
+  A drop-in replacement for ``nnx.value_and_grad`` with any optimizer. The
+  value, the auxiliary data, and the batch statistics and RNG counts that are
+  left in the modules are those of the clean pass. The perturbed pass starts
+  from the same statistics and keys, so both passes use the same dropout masks,
+  and its changes are discarded. With ``ascent_fun``, the value, the auxiliary
+  data, the statistics and the counts are those of the perturbed pass. Only the
+  differentiated variables are perturbed.
 
   Args:
     f: A function that returns a scalar, or with ``has_aux`` a pair of a
@@ -74,15 +74,15 @@ def value_and_grad(
       that is returned; by default the perturbed one.
     perturbed_dtype: The dtype in which w + eps is formed, as in
       :func:`optax_asam.sharpness_aware`; by default each parameter's own.
-    ascent_fun: The function whose gradient determines the perturbation, by
-      default ``f``. It takes the arguments of ``f`` and returns what ``f``
-      returns, such as the loss of part of the batch:
-      ``ascent_fun=lambda model, batch: loss_fn(model, batch[::4])``. All ascent
-      steps use it, on copies of the modules, and ``f`` is evaluated once: the
-      value, the auxiliary data, the batch statistics and the RNG counts are
-      those of ``f`` at w + eps. What ``f`` changes in the differentiated
-      variables is discarded. The first argument of ``descent`` is the gradient
-      of ``ascent_fun``.
+    ascent_fun: The function whose gradient determines the perturbation; by
+      default ``f``. It takes the same arguments as ``f`` and returns a scalar,
+      or with ``has_aux`` a pair. For example, the loss of a quarter of the
+      batch: ``ascent_fun=lambda model, batch: loss_fn(model, batch[::4])``. All
+      ascent steps use it, on copies of the modules. ``f`` is evaluated only at
+      w + eps, so the value, the auxiliary data, the batch statistics and the
+      RNG counts are those at w + eps. Changes that ``f`` makes to the
+      differentiated variables are discarded. The first argument of ``descent``
+      is the gradient of ``ascent_fun``.
 
   Returns:
     A function of the arguments of ``f`` that returns ``(value, grads)``, or

@@ -89,29 +89,32 @@ def _names(path: Any) -> list[Any]:
 def normalization_layers(params: optax.Params) -> Any:
   """Selects the parameters of normalization layers, for the argument ``mask``.
 
-  Perturbing these alone, a tenth of a percent of the parameters, does as well
-  as perturbing all, or better (SAM-ON).
+  SAM-ON perturbs only these, about 0.1 % of all parameters. In its authors'
+  experiments, this generalizes as well as perturbing all parameters, or better.
 
   A leaf is selected if it is named ``scale``, ``bias``, ``offset``, ``gamma``,
-  ``beta`` or ``weight``, and if its layer is a normalization layer, by
+  ``beta`` or ``weight``, and if its layer is recognized as a normalization
+  layer in one of these ways:
 
-  * the class of the layer, where the tree has modules (Equinox), or the last
-    name before that of the leaf (Flax, Haiku), if all parameters of the layer
-    are so named: a word of it ends with ``norm``, ``norms`` or
-    ``normalization``, or is ``bn``, ``gn`` or ``ln``. For example,
-    ``BatchNorm_0``, ``RMSNorm``, ``resnet/~/batch_norm``, ``input_layernorm``,
-    ``norm1``, ``bn1`` and ``ln_f``. Names with ``weight`` or ``spectral`` are
-    those of weight and spectral normalization, and are left out; or
-  * its parameters, where the layer has only a position (``layers_1`` or an
-    index, as in ``nnx.Sequential``): ``scale``, and no others than ``bias``
-    and ``offset``.
+  * By name. The name is that of the layer's class, if the tree contains modules
+    (Equinox), or else the last name before that of the leaf (Flax, Haiku), if
+    all parameters of the layer have names from the list above. One of its words
+    must end with ``norm``, ``norms`` or ``normalization``, or be ``bn``, ``gn``
+    or ``ln``. For example: ``BatchNorm_0``, ``RMSNorm``,
+    ``resnet/~/batch_norm``, ``input_layernorm``, ``norm1``, ``bn1`` and
+    ``ln_f``. Names with ``weight`` or ``spectral`` are excluded, since weight
+    and spectral normalization do not normalize activations.
+  * By its parameters, if the layer has only a position (``layers_1``, or an
+    index as in ``nnx.Sequential``): it must have ``scale``, and may have
+    ``bias`` and ``offset``, but no other parameters.
 
   Args:
     params: A pytree of parameters.
 
   Returns:
     A pytree like ``params``: True at the parameters of normalization layers,
-    False elsewhere. :func:`optax_asam.asam` raises an error if there are none.
+    False elsewhere. If it selects nothing, :func:`optax_asam.asam` raises an
+    error.
 
   Examples:
     >>> import jax.numpy as jnp
