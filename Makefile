@@ -4,7 +4,7 @@ PYTEST = -m pytest -n 2 --dist loadfile --junitxml out/tests/$@.xml
 LIBRARY = tests/test_*.py optax_asam
 
 .PHONY: demo bench test test-all test-oldest test-newest test-tpu \
-  test-trainers docs lint clean
+  test-trainers test-dist dist docs lint clean
 
 # Train on real data: SGD, SAM and ASAM on digits with label noise.
 demo: .venv/demo/.installed
@@ -29,6 +29,7 @@ test-all: lint
 lint: .venv/test/.installed
 	.venv/test/bin/ruff check
 	.venv/test/bin/ruff format --check
+	.venv/test/bin/zizmor --offline --quiet --min-severity medium .github
 	.venv/test/bin/basedpyright --pythonpath .venv/test/bin/python
 
 # The library's tests on the declared lower bounds.
@@ -47,6 +48,17 @@ test-tpu: .venv/tpu/.installed
 # The code of docs/trainers.md in the trainers themselves; 4 GB.
 test-trainers: .venv/trainers/.installed
 	.venv/trainers/bin/python $(PYTEST) tests/trainers
+
+# The wheel and the source distribution, in dist.
+dist: .venv/dist/.installed
+	rm -rf dist
+	.venv/dist/bin/python -m build --outdir dist
+	.venv/dist/bin/python -m twine check --strict dist/*
+
+# Both install into empty environments, and run README's first program, on each
+# supported Python installed.
+test-dist: dist
+	$(PYTHON) .ci/check_dist dist/*
 
 # The site, in docs/_build; warnings are errors.
 docs: .venv/docs/.installed
@@ -69,6 +81,12 @@ docs: .venv/docs/.installed
 	  --disable-pip-version-check torch==2.13.0 pytorch-optimizer==4.1.0
 	touch $@
 
+.venv/dist/.installed:
+	$(PYTHON) -m venv --clear .venv/dist
+	.venv/dist/bin/python -m pip install --quiet --disable-pip-version-check \
+	  build twine
+	touch $@
+
 .venv/oldest.txt: pyproject.toml .ci/lower_bounds
 	mkdir -p .venv
 	$(PYTHON) .ci/lower_bounds > $@
@@ -84,4 +102,4 @@ docs: .venv/docs/.installed
 	touch $@
 
 clean:
-	rm -rf .venv out
+	rm -rf .venv dist out

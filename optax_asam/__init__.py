@@ -16,7 +16,7 @@ from optax_asam.momentum import momentum_asam
 from optax_asam.transform import SharpnessAwareState
 from optax_asam.transform import sharpness_aware
 
-__version__ = '0.1.0'
+__version__ = '0.2.0.dev0'
 
 __all__ = (
   'LookSAMState',

@@ -358,6 +358,30 @@ def check_batches(batches: Any) -> int:
   return shapes[0][0]
 
 
+def check_axes(axes: tuple[Any, ...], params: optax.Params) -> None:
+  """Raises unless ``axes`` are pairs of a direction and a 1-D array."""
+  write = (
+    'For example: loss_along(loss_fn, params, (eps, jnp.linspace(-1, 1, 51))).'
+  )
+  if not axes:
+    raise ValueError(f'axes must be given, but got none. {write}')
+  for axis in axes:
+    if not isinstance(axis, (tuple, list)) or len(axis) != 2:
+      raise TypeError(
+        f'axes must be pairs of a direction and an array, but got'
+        f' {describe(axis)}. {write}'
+      )
+    direction, t = axis
+    check_like('the direction in axes', direction, params, write=write)
+    dtypes = jnp.floating, jnp.integer
+    is_real = is_array(t) and any(jnp.issubdtype(t.dtype, d) for d in dtypes)
+    if not is_real or t.ndim != 1:
+      raise TypeError(
+        f'axes must be pairs of a direction and a real 1-D array, but got'
+        f' {describe(t)} for the array. {write}'
+      )
+
+
 # Masks.
 
 

@@ -25,6 +25,7 @@ PARAMS = {'dense': {'kernel': jnp.ones((2, 3)), 'bias': jnp.ones(3)}}
 BIAS = "params['dense']['bias']"
 SGD = optax.sgd(0.1)
 KEY = jax.random.key(0)
+T = jnp.arange(3.0)
 
 
 def loss_fn(params):
@@ -470,6 +471,42 @@ def test_sharpness(measures, error, name, value, phrases):
       del given['rho']
     call = functools.partial(measure, **given)
     assert_raises(error, call, f'{name} & {phrases}')
+
+
+@pytest.mark.parametrize(
+  ('error', 'name', 'value', 'phrases'),
+  [
+    case[1:]
+    for case in SHARPNESS
+    if set(case[0]) >= set(WITH_BATCHES) and case[2] in ('loss_fn', 'batches')
+  ],
+)
+def test_loss_along(error, name, value, phrases):
+  """Of a grid of losses: what it shares with the measures."""
+  given = {'loss_fn': loss_fn, 'batches': None} | {name: value}
+  call = lambda: sharpness.loss_along(
+    given['loss_fn'], PARAMS, (PARAMS, T), batches=given['batches']
+  )
+  assert_raises(error, call, f'{name} & {phrases}')
+
+
+AXES = [
+  ((), ValueError, 'none'),
+  ((PARAMS,), TypeError, 'dict'),
+  (((PARAMS,),), TypeError, 'a tuple of length 1'),
+  (((PARAMS, 0.5),), TypeError, 'float'),
+  (((PARAMS, [0.0, 1.0]),), TypeError, 'list'),
+  (((PARAMS, T), (PARAMS, T[None])), TypeError, '(1, 3)'),
+  (((PARAMS, T * 1j),), TypeError, 'complex64'),
+  (((T, PARAMS),), ValueError, "direction & params['dense']"),
+]
+
+
+@pytest.mark.parametrize(('axes', 'error', 'phrases'), AXES)
+def test_axes(axes, error, phrases):
+  """Of a grid of losses."""
+  call = functools.partial(sharpness.loss_along, loss_fn, PARAMS, *axes)
+  assert_raises(error, call, f'axes & {phrases} & (eps, jnp.linspace(')
 
 
 @pytest.mark.parametrize(

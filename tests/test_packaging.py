@@ -1,12 +1,19 @@
-"""Promise: the wheel is the package alone, and importing it is harmless."""
+"""Promise: the wheel is the package alone, and importing it is harmless.
+
+Releases and CI's workflows agree with the repository.
+"""
 
 import pathlib
+import re
 import subprocess
 import sys
 import venv
 import zipfile
 
 import pytest
+import yaml
+
+import optax_asam
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -61,6 +68,8 @@ def test_wheel(tmp_path):
     if line.startswith('Requires-Dist') and 'extra ==' not in line
   }
   assert requirements == {'chex', 'jax', 'jaxlib', 'optax'}
+  # PyPI shows the README, where a relative link would lead nowhere.
+  assert not re.findall(r'\]\((?!https?:|#).*', '\n'.join(lines))
 
   venv.create(tmp_path / 'env', with_pip=True)
   python = tmp_path / 'env' / 'bin' / 'python'
@@ -71,3 +80,48 @@ def test_wheel(tmp_path):
   )
   assert str(tmp_path / 'env') in output
   run(python, '-W', 'error', '-c', STEP, cwd=tmp_path)
+
+
+def test_version():
+  """The changelog and the citation are about this version."""
+  version = optax_asam.__version__
+  citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
+  assert citation['version'] == version
+  headings = re.findall(
+    r'^## \[(.*)\] - (.*)$', (ROOT / 'CHANGELOG.md').read_text(), re.MULTILINE
+  )
+  release, date = headings[0]
+  is_development = version == f'{release}.dev0' and date == 'unreleased'
+  is_release = version == release and re.fullmatch(r'\d{4}-\d\d-\d\d', date)
+  assert is_development or is_release
+
+
+WORKFLOWS = {
+  path.stem: path.read_text()
+  for path in (ROOT / '.github' / 'workflows').glob('*.yml')
+}
+
+
+def test_workflows_run_what_ci_runs():
+  """All suites of .ci/run, by targets that the Makefile has."""
+  makefile = (ROOT / 'Makefile').read_text()
+  targets = set(re.findall(r'^([a-z-]+):', makefile, re.MULTILINE))
+  jobs = yaml.safe_load(WORKFLOWS['tests'])['jobs']
+  matrix = jobs['make']['strategy']['matrix']['include']
+  tested = {job['target'] for job in matrix}
+  made = set(re.findall(r'run: make ([a-z-]+)', ''.join(WORKFLOWS.values())))
+  assert tested | made <= targets
+  script = (ROOT / '.ci' / 'run').read_text()
+  suites = set(re.findall(r'\b(?:test-[a-z]+|docs)\b', script))
+  assert suites == (tested | made) - {'test', 'dist'}
+  pythons = {version for job in matrix for version in job['python'].split()}
+  pyproject = (ROOT / 'pyproject.toml').read_text()
+  assert pythons == set(re.findall(r':: Python :: (3\.\d+)', pyproject))
+
+
+def test_actions_are_pinned():
+  """By their commits, with the version for the reader."""
+  used = re.findall(r'uses: (?!\./)(.*)', ''.join(WORKFLOWS.values()))
+  assert used
+  for action in used:
+    assert re.fullmatch(r'[\w/-]+@[0-9a-f]{40} # v[\d.]+', action), action

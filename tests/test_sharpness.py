@@ -4,8 +4,6 @@ Errors of their arguments are in test_errors.py.
 """
 
 import functools
-import pathlib
-import re
 
 import jax
 from jax.flatten_util import ravel_pytree
@@ -18,10 +16,12 @@ from optax_asam import normalization
 from optax_asam.sharpness import apgd_steps
 from optax_asam.sharpness import average_case
 from optax_asam.sharpness import fixed_steps
+from optax_asam.sharpness import loss_along
 from optax_asam.sharpness import max_hessian_eigenvalue
 from optax_asam.sharpness import worst_case
 from optax_asam.sharpness import worst_perturbation
 from tests.helpers import cases
+from tests.helpers import pages
 from tests.helpers import sharpness_reference
 from tests.helpers.support import assert_same_bits
 from tests.helpers.support import error
@@ -491,6 +491,8 @@ def test_bfloat16():
       for dtype in (jnp.bfloat16, jnp.float32)
     ]
     assert error(*mean) < 1e-6
+    ray = loss_along(loss_fn, w, (w, np.array([0, rho])))
+    np.testing.assert_allclose(ray, [16, 16 * (1 + rho) ** 2], rtol=1e-6)
   assert not worst_case(loss_fn, w, 0.01, **options, perturbed_dtype=None)
 
 
@@ -597,19 +599,50 @@ def test_points_of_batches():
   assert 0 < abs(means[0] - means[1]) < 10 * deviation / np.sqrt(2000)
 
 
+def test_loss_along(x64):
+  """A curve and a surface of a quadratic loss, and the mean over batches."""
+  w, d1, d2 = np.random.default_rng(0).standard_normal((3, SIZE))
+  t1, t2 = np.linspace(-2, 2, 5), np.arange(3)
+  batches = [quadratic_problem(s, SPECTRA['indefinite'])[1] for s in range(2)]
+
+  def by_hand(data, x, y):
+    d = w + x * d1 + y * d2 - data['w']
+    return data['linear'] @ d + d @ data['hessian'] @ d / 2
+
+  def tree(vector):
+    return {'bias': vector[:2], 'kernel': vector[2:].reshape(2, 1, 2)}
+
+  @jax.jit
+  def run(data, *axes, **batches):
+    loss_fn = lambda params, batch=data: quadratic(params, batch)
+    return loss_along(loss_fn, tree(w), *axes, **batches)
+
+  surfaces = [
+    np.array([[by_hand(data, x, y) for y in t2] for x in t1])
+    for data in batches
+  ]
+  axes = (tree(d1), t1), (tree(d2), t2)
+  assert error(run(batches[0], *axes), surfaces[0]) < 1e-12
+  assert error(run(batches[0], axes[0]), surfaces[0][:, 0]) < 1e-12
+  stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+  mean = run(None, *axes, batches=stacked)
+  assert error(mean, np.mean(surfaces, 0)) < 1e-12
+
+
 def test_page():
-  """The code of docs/sharpness.md runs: on a convex loss, two are positive."""
-  page = pathlib.Path(__file__).parents[1] / 'docs' / 'sharpness.md'
-  (code,) = re.findall(r'```python\n(.*?)```', page.read_text(), re.DOTALL)
-  namespace = {
-    'jax': jax,
-    'loss_fn': lambda params, batch: (batch @ params['kernel']).var(),
-  }
-  exec(code, namespace)
-  key = jax.random.key(0)
-  measures = namespace['measure'](
-    {'kernel': jnp.ones((2, 3))}, jax.random.normal(key, (2, 4, 2)), key
+  """The code of docs/sharpness.md runs on a convex loss."""
+  code = '\n'.join(pages.blocks(pages.read_page('sharpness')))
+  namespace = pages.run_snippet(
+    code, loss_fn=lambda params, batch: (batch @ params['kernel']).var()
   )
+  key = jax.random.key(0)
+  args = {'kernel': jnp.ones((2, 3))}, jax.random.normal(key, (2, 4, 2)), key
+  measures = namespace['measure'](*args)
   assert set(measures) == {'worst case', 'average case', 'eigenvalue'}
   assert measures['worst case'] > abs(measures['average case']) > 0
   assert measures['eigenvalue'] > 0
+  curve, surface = namespace['curve_and_surface'](*args)
+  assert curve.shape == (21,)
+  assert surface.shape == (21, 21)
+  np.testing.assert_allclose(surface[:, 10], curve, rtol=1e-5)
+  assert curve.max() > curve[10]

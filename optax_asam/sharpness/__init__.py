@@ -10,6 +10,7 @@ function unchanged.
 
 from optax_asam.sharpness._average_case import average_case
 from optax_asam.sharpness._hessian import max_hessian_eigenvalue
+from optax_asam.sharpness._loss_along import loss_along
 from optax_asam.sharpness._step_rules import StepRule
 from optax_asam.sharpness._step_rules import apgd_steps
 from optax_asam.sharpness._step_rules import fixed_steps
@@ -21,6 +22,7 @@ __all__ = (
   'apgd_steps',
   'average_case',
   'fixed_steps',
+  'loss_along',
   'max_hessian_eigenvalue',
   'worst_case',
   'worst_perturbation',

@@ -89,7 +89,8 @@ def mean_over_batches(
     batch_key = None if key is None else jax.random.fold_in(key, i)
     return on_batch(lambda params: loss_fn(params, batch), batch_key)
 
-  return jnp.mean(jax.lax.map(on_numbered_batch, (jnp.arange(n), batches)))
+  values = jax.lax.map(on_numbered_batch, (jnp.arange(n), batches))
+  return jnp.mean(values, axis=0)
 
 
 def check_arguments(
