@@ -77,7 +77,10 @@ def fraction(example: float) -> Callable[[str], float]:
 
 
 # Options that do not change what a run computes.
-NOT_CONFIG = ('out', 'resume', 'tensorboard', 'data_dir', 'threads')
+NOT_CONFIG = (
+  *('out', 'resume', 'tensorboard', 'data_dir', 'threads'),
+  *('download', 'minutes'),
+)
 
 
 def to_json(args: Any) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """The compiled steps of translation: training, validation and beam search."""
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Sequence
 import functools
+import itertools
 from typing import Any
 from typing import NamedTuple
 
@@ -10,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import sacrebleu
 import sentencepiece
 
 from experiments import models
@@ -33,15 +34,15 @@ class Programs(NamedTuple):
 
   Attributes:
     init: Maps a seed to a state.
-    step: Maps a state and a batch's source and target to the next state and
-      the loss.
+    step: Maps a state, a batch's source and target, and rho to the next state
+      and the loss.
     validate: Maps parameters, source and target to the summed negative
       log-likelihood of all pieces and their number.
     translate: Maps parameters and source to pieces, int32 [n, length].
   """
 
   init: Callable[[int], State]
-  step: Callable[[State, np.ndarray, np.ndarray], tuple[State, jax.Array]]
+  step: Callable[..., tuple[State, jax.Array]]
   validate: Callable[[optax.Params, np.ndarray, np.ndarray], Any]
   translate: Callable[[optax.Params, np.ndarray], jax.Array]
 
@@ -58,7 +59,6 @@ def make_programs(
   model: Transformer,
   optimizer: str,
   *,
-  rho: float,
   eta: float,
   lr: float,
   warmup: int,
@@ -66,7 +66,10 @@ def make_programs(
   label_smoothing: float,
   beam: int,
 ) -> Programs:
-  """Makes the programs of 'adam', 'sam' or 'asam'; compiles nothing twice."""
+  """Makes the programs of 'adam', 'sam' or 'asam'; compiles nothing twice.
+
+  Any rho runs the same program.
+  """
   tx = optax.adamw(
     make_schedule(lr, warmup), b1=0.9, b2=0.98, weight_decay=weight_decay
   )
@@ -90,7 +93,7 @@ def make_programs(
     return State(params, tx.init(params), key)
 
   @functools.partial(jax.jit, donate_argnums=0)
-  def step(state, source, target):
+  def step(state, source, target, rho):
     key, dropout_key = jax.random.split(state.key)
     value_and_grad = program.value_and_grad(
       optimizer, loss_fn, rho=rho, eta=eta
@@ -101,6 +104,14 @@ def make_programs(
     return State(
       optax.apply_updates(state.params, updates), opt_state, key
     ), loss
+
+  hashable: Any = model  # Which its type does not say.
+  return Programs(init, step, *_make_evaluators(hashable, beam))
+
+
+@functools.cache
+def _make_evaluators(model: Any, beam: int):
+  """``validate`` and ``translate``, which do not depend on the optimizer."""
 
   @jax.jit
   def validate(params, source, target):
@@ -131,7 +142,7 @@ def make_programs(
       pad=corpus.PAD,
     )
 
-  return Programs(init, step, validate, translate)
+  return validate, translate
 
 
 def _sum_losses(logits, target, label_smoothing):
@@ -142,19 +153,49 @@ def _sum_losses(logits, target, label_smoothing):
   return jnp.sum(losses, where=is_piece), jnp.sum(is_piece)
 
 
+class Epoch(NamedTuple):
+  """An epoch of training, or the first part of one.
+
+  Attributes:
+    state: The state after it.
+    losses: The loss of each batch.
+    is_complete: Whether these are all batches.
+  """
+
+  state: State
+  losses: list[float]
+  is_complete: bool
+
+
 def train_epoch(
   programs: Programs,
   state: State,
-  pairs: Sequence[corpus.Pieces],
-  max_tokens: int,
-  rng: np.random.Generator,
-) -> tuple[State, float]:
-  """Trains on all pairs once; returns the state and the mean loss."""
-  losses = []
-  for batch in corpus.batches(pairs, max_tokens, rng):
-    state, loss = programs.step(state, batch.source, batch.target)
-    losses.append(loss)
-  return state, float(np.mean(jax.device_get(losses)))
+  batches: Iterable[corpus.Batch],
+  rho: float,
+  *,
+  losses: Sequence[float] = (),
+  is_late: Callable[[], bool] = lambda: False,
+) -> Epoch:
+  """Trains on each batch once, or until it is late.
+
+  Args:
+    programs: What :func:`make_programs` returns.
+    state: The state of the epoch so far.
+    batches: All of the epoch.
+    rho: The radius of SAM and ASAM.
+    losses: Those of the first batches, which are not trained on again.
+    is_late: Whether to stop before the next batch.
+  """
+  new: list[jax.Array] = []
+  is_complete = True
+  for batch in itertools.islice(batches, len(losses), None):
+    jax.block_until_ready(new[-1:])  # So that the time is that of this step.
+    if is_late():
+      is_complete = False
+      break
+    state, loss = programs.step(state, batch.source, batch.target, rho)
+    new.append(loss)
+  return Epoch(state, [*losses, *map(float, jax.device_get(new))], is_complete)
 
 
 def validation_loss(
@@ -172,17 +213,18 @@ def validation_loss(
   return float(total / count)
 
 
-def bleu(
+def translate(
   programs: Programs,
   params: optax.Params,
-  pairs: Sequence[corpus.Pair],
+  german: Sequence[str],
   vocabulary: sentencepiece.SentencePieceProcessor,
   max_tokens: int,
-) -> float:
-  """Lower-case BLEU, from 0 to 100, of the translations of ``pairs``."""
-  # The reference must not influence how long a translation may be.
+) -> list[str]:
+  """The English translation of each sentence."""
+  # The target must not influence how long a translation may be.
+  pairs = [(sentence, '') for sentence in german]
   sources = [(source, []) for source, _ in corpus.encode(vocabulary, pairs)]
-  translations = [''] * len(pairs)
+  translations = [''] * len(german)
   for batch in corpus.batches(sources, max_tokens, None):
     found = np.asarray(programs.translate(params, batch.source))
     for i, pieces in zip(batch.indices, found.tolist(), strict=False):
@@ -190,10 +232,4 @@ def bleu(
       if corpus.EOS in words:
         words = words[: words.index(corpus.EOS)]
       translations[i] = vocabulary.decode(words)
-  references = [english for _, english in pairs]
-  return sacrebleu.corpus_bleu(translations, [references]).score
-
-
-def bleu_signature() -> str:
-  """SacreBLEU's signature: its version and settings."""
-  return sacrebleu.BLEU(references=[['']]).get_signature().format()
+  return translations

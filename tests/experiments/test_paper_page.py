@@ -13,6 +13,8 @@ from experiments.paper import imagenet
 from experiments.paper import tables
 from experiments.paper import trajectories
 from experiments.paper import translation
+from experiments.paper import translation_floors
+from experiments.paper import translation_tables
 
 PAGE = (tables.RESULTS.parent / 'README.md').read_text()
 # The tables of the page, by the name in the comment before each.
@@ -29,6 +31,10 @@ def read(name):
 RUNS = tables.load(tables.RESULTS / 'comparisons')
 CORRELATION = read('correlation')
 TRAJECTORIES = read('trajectories')['trajectories']
+# Once it is recorded.
+TRANSLATION = (
+  [read('translation')] if translation_tables.RECORDED.exists() else []
+)
 
 
 def test_tables():
@@ -37,7 +43,10 @@ def test_tables():
     'trajectories': trajectories.table(TRAJECTORIES),
     **correlation.tables(CORRELATION),
     **tables.tables(RUNS),
-    'translation, paper': translation.published_table(),
+    'translation, paper': translation_tables.published_table(),
+    **{
+      k: v for x in TRANSLATION for k, v in translation_tables.make(x).items()
+    },
   }
   assert {name: table.rstrip('\n') for name, table in SHOWN.items()} == made
   # One other table: that of old and new commands.
@@ -64,6 +73,7 @@ def facts():
     for each in CORRELATION['correlations'].values()
   ]
   yield from (f'{x(taus):.2f}' for x in (min, max))
+  yield f'{translation_floors.NEAR:g}'
   for each in CORRELATION['differences']:
     yield f'{abs(each["mean_over_settings"]["tau"]):.2f}'
 
@@ -89,7 +99,10 @@ def test_sentences():
   settings = [
     TRAJECTORIES['settings'],
     CORRELATION['config'],
-    *(run['config'] for run in [*RUNS.values(), *tables.load_study()]),
+    *(
+      run['config']
+      for run in [*RUNS.values(), *tables.load_study(), *TRANSLATION]
+    ),
   ]
   known = find(' '.join([*SHOWN.values(), *facts(), *numbers(settings)]))
   assert find(prose) <= known | {'0.04'}  # Of the loss of the trajectories.
@@ -106,6 +119,7 @@ def test_commands():
     'experiments.paper.budget': budget.make_parser(),
     'experiments.paper.imagenet': imagenet.make_parser(),
     'experiments.paper.translation': translation.make_parser(),
+    'experiments.paper.translation_tables': translation_tables.make_parser(),
   }
   programs = set()
   for line in lines:

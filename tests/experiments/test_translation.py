@@ -1,19 +1,34 @@
 """Promise: the program for translation learns, and resumes bit for bit."""
 
+import functools
 import itertools
 import json
+import re
+import shutil
+import subprocess
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sacrebleu
+from sacrebleu import metrics
 
+from experiments.data.archives import DataError
 from experiments.models import transformer
 from experiments.paper import beam_search
 from experiments.paper import corpus
+from experiments.paper import corpus_iwslt
+from experiments.paper import corpus_libreoffice
+from experiments.paper import corpus_packages
 from experiments.paper import seq2seq
 from experiments.paper import translation
+from experiments.paper import translation_floors
+from experiments.paper import translation_plan
+from experiments.paper import translation_report
+from experiments.paper import translation_scores
+from experiments.paper import translation_tables
 from tests.helpers import reference
 from tests.helpers.support import error
 from tests.helpers.support import tar_gz
@@ -34,13 +49,13 @@ def make_pairs(n, seed=0):
 
 
 TRAIN = make_pairs(230)
-TESTS = [make_pairs(2 + i, seed=1 + i) for i in range(len(corpus.TESTS))]
+TESTS = [make_pairs(2 + i, seed=1 + i) for i in range(len(corpus_iwslt.TESTS))]
 
 
 def make_members():
   """The files of the archive, in the format of the published one."""
   members = {}
-  for side, language in enumerate(corpus.LANGUAGES):
+  for side, language in enumerate(corpus_iwslt.LANGUAGES):
     lines = [
       '<url>http://www.ted.com/talks/1</url>',
       '<keywords>talks, eins</keywords>',
@@ -49,8 +64,8 @@ def make_members():
       f'<description>{TRAIN[1][side]}</description>',
       *(f' {pair[side]} ' for pair in TRAIN[2:]),
     ]
-    members[f'{corpus.TRAIN}.{language}'] = '\n'.join(lines) + '\n'
-    for name, pairs in zip(corpus.TESTS, TESTS, strict=True):
+    members[f'{corpus_iwslt.TRAIN}.{language}'] = '\n'.join(lines) + '\n'
+    for name, pairs in zip(corpus_iwslt.TESTS, TESTS, strict=True):
       segments = '\n'.join(
         f'<seg id="{i}"> {pair[side]} </seg>'
         for i, pair in enumerate(pairs, start=1)
@@ -64,16 +79,18 @@ def make_members():
 
 def write_archive(folder, members):
   """A compressed archive with the name of the published one."""
-  files = {f'{corpus.FOLDER}/{name}': x.encode() for name, x in members.items()}
-  (folder / corpus.ARCHIVE.name).write_bytes(tar_gz(files))
+  files = {
+    f'{corpus_iwslt.FOLDER}/{name}': x.encode() for name, x in members.items()
+  }
+  (folder / corpus_iwslt.ARCHIVE.name).write_bytes(tar_gz(files))
 
 
 def test_corpus(tmp_path):
   """Tags are gone, titles stay; every 23rd pair is for validation."""
-  (tmp_path / corpus.FOLDER).mkdir()
+  (tmp_path / corpus_iwslt.FOLDER).mkdir()
   for name, text in make_members().items():
-    (tmp_path / corpus.FOLDER / name).write_text(text, encoding='utf-8')
-  loaded = corpus.load(tmp_path)
+    (tmp_path / corpus_iwslt.FOLDER / name).write_text(text, encoding='utf-8')
+  loaded = corpus_iwslt.load(tmp_path)
   assert loaded.validation == [TRAIN[i] for i in range(22, 230, 23)]
   assert loaded.train == [TRAIN[i] for i in range(230) if i % 23 != 22]
   assert loaded.test == list(itertools.chain(*TESTS))
@@ -81,7 +98,7 @@ def test_corpus(tmp_path):
 
 def test_clean():
   """Lines end at newlines only; empty, long and unequal pairs are dropped."""
-  assert corpus.talk_lines('a\u2028b\nc\x85d\n') == ['a\u2028b', 'c\x85d']
+  assert corpus_iwslt.talk_lines('a\u2028b\nc\x85d\n') == ['a\u2028b', 'c\x85d']
   words = lambda n: ' '.join(['wort'] * n)
   good = [
     (words(2), words(3)),
@@ -89,7 +106,7 @@ def test_clean():
     ('ja, gut.', words(5)),  # Punctuation counts.
   ]
   bad = [('', words(1)), (words(2), words(4)), (words(176), words(150))]
-  assert corpus.clean(good + bad) == good
+  assert corpus_iwslt.clean(good + bad) == good
 
 
 @pytest.mark.parametrize('shuffled', [False, True])
@@ -180,7 +197,7 @@ def test_step():
   programs = seq2seq.make_programs(
     model,
     'asam',
-    **{'rho': 0.1, 'eta': 0.01, 'lr': 1e-2, 'warmup': 3, 'beam': 2},
+    **{'eta': 0.01, 'lr': 1e-2, 'warmup': 3, 'beam': 2},
     **{'weight_decay': 1e-2, 'label_smoothing': 0.1},
   )
   params, _, key = state = programs.init(0)
@@ -204,9 +221,22 @@ def test_step():
     params,
     grads,
   )
-  stepped, stepped_loss = programs.step(state, target, target)
+  stepped, stepped_loss = programs.step(state, target, target, 0.1)
   assert float(stepped_loss) == pytest.approx(float(loss), rel=1e-5)
   assert error(*jax.device_get((stepped.params, expected))) < 1e-3
+
+
+def run_on(data, out, *options):
+  """Runs the program with a small model; returns the results."""
+  translation.main(
+    [
+      *('--vocab-size=80', '--layers=1', '--width=32', '--hidden-size=64'),
+      *('--heads=2', '--max-tokens=256', '--lr=5e-3', '--warmup=40'),
+      *('--dropout=0', '--label-smoothing=0', '--rho-asam=0.1', '--beam=2'),
+      *('--seeds=1', f'--data-dir={data}', f'--out={out}', *options),
+    ]
+  )
+  return json.loads((out / 'results.json').read_text())
 
 
 @pytest.fixture(scope='module')
@@ -214,19 +244,7 @@ def run(tmp_path_factory):
   """Runs the program on the small corpus in a folder."""
   data = tmp_path_factory.mktemp('data')
   write_archive(data, make_members())
-
-  def run_in(out, *options):
-    translation.main(
-      [
-        *('--vocab-size=80', '--layers=1', '--width=32', '--hidden-size=64'),
-        *('--heads=2', '--max-tokens=256', '--lr=5e-3', '--warmup=40'),
-        *('--dropout=0', '--label-smoothing=0', '--rho-asam=0.1', '--beam=2'),
-        *('--seeds=1', f'--data-dir={data}', f'--out={out}', *options),
-      ]
-    )
-    return json.loads((out / 'results.json').read_text())
-
-  return run_in
+  return functools.partial(run_on, data)
 
 
 def test_program(run, tmp_path, monkeypatch, capsys):
@@ -248,11 +266,11 @@ def test_program(run, tmp_path, monkeypatch, capsys):
 
   train_epoch, calls = seq2seq.train_epoch, []
 
-  def interrupt(*args):
+  def interrupt(*args, **kwargs):
     calls.append(args)
     if len(calls) == 18:
       raise KeyboardInterrupt
-    return train_epoch(*args)
+    return train_epoch(*args, **kwargs)
 
   out = tmp_path / 'resumed'
   with monkeypatch.context() as patch:
@@ -283,3 +301,357 @@ def test_errors(tmp_path, capsys, option, message):
     translation.main([f'--data-dir={tmp_path}', f'--out={out}', option])
   assert message in capsys.readouterr().err
   assert not out.exists()
+
+
+PAGE = """<!DOCTYPE html>
+<html><head><title>Titel</title></head><body>
+<p dir="auto">LibreOffice {release} Help</p><p id="bm_1">keine Absätze</p>
+{content}</body></html>
+"""
+
+
+def make_page(texts, release='7.4'):
+  """A page in the format of the help, with a paragraph for each text."""
+  content = ''.join(
+    f'<p id="par_id{i}" class="paragraph" dir="auto">{text}</p>\n'
+    for i, text in enumerate(texts)
+  )
+  return PAGE.format(release=release, content=content).encode()
+
+
+def make_help(release='7.4', num_pages=70):
+  """The pages of a small help by language: rows of numbers, four a page."""
+  pairs = list(dict.fromkeys(make_pairs(5 * num_pages, seed=9)))
+  return {
+    language: {
+      f'text/swriter/{i}.html': make_page(
+        [pair[side] for pair in pairs[4 * i : 4 * i + 4]], release
+      )
+      for i in range(num_pages)
+    }
+    for side, language in enumerate(corpus_packages.PACKAGES)
+  }
+
+
+def write_tree(folder, pages):
+  """The tree that ``dpkg-deb -x`` makes of both packages."""
+  for language, each in pages.items():
+    for name, content in each.items():
+      path = folder / corpus_packages.PLACE / language / name
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_bytes(content)
+  return folder
+
+
+def test_paragraphs():
+  """Markup and what is for other systems are left out; ids may repeat."""
+  page = """
+    <h1 id="hd_id1" dir="auto"><a name="x"></a>Fu&szlig;noten
+      einf\u00fcgen</h1><p id="bm_1">no</p>
+    <p id="par_id2">Wählen <a href="y"><span class="emph">OK</span></a>, oder
+    <span id="swln" class="switchinline"><span hidden="true" id="MACa"
+    ><span class="keycode">Befehl</span></span><span hidden="true"
+    id="defaulta"><span class="keycode">Strg</span></span></span>+F.<br>Ende</p>
+    <p id="par_id2">noch &lt;einmal&gt;</p><p>no</p>
+  """
+  assert corpus_libreoffice.paragraphs(page.encode()) == {
+    'hd_id1': ['Fußnoten einfügen'],
+    'par_id2': ['Wählen OK, oder Strg+F. Ende', 'noch <einmal>'],
+  }
+
+
+def test_clean_pairs():
+  """What is not translated, short, long, or known by its letters is dropped."""
+  words = lambda n: ' '.join(['wort'] * n)
+  good = [('Das Bild', 'The image'), (words(60), 'a b'), ('zwei a', words(60))]
+  bad = [
+    ('Ein Beispiel', 'ein beispiel!'),  # Not translated.
+    ('12 34', 'one two'),
+    ('wort', 'a word'),
+    ('ein Wort', 'word'),
+    (words(61), 'too long'),
+    ('zu lang', words(61)),
+    ('das BILD (2)', 'another image'),
+    ('ein anderes Bild', 'The image.'),
+  ]
+  named = [(str(i), pair) for i, pair in enumerate([*good, *bad])]
+  assert corpus_libreoffice.clean(named) == named[: len(good)]
+
+
+def test_splits(tmp_path):
+  """A page is in one split, a sentence in one pair, in an order of names."""
+  pages = make_help()
+  # The same sentence again, on pages of every split.
+  for language, text in (('de', 'Noch einmal.'), ('en-US', 'Once more.')):
+    for name in pages[language]:
+      page = pages[language][name].decode()
+      pages[language][name] = page.replace(
+        '</body>', f'<h2 id="hd_1">{text}</h2></body>'
+      ).encode()
+  found = corpus_libreoffice.load(write_tree(tmp_path, pages))
+  page_of = {
+    pair: name for name, pair in corpus_libreoffice.read_pairs(pages)[::-1]
+  }
+  used = [{page_of[pair] for pair in split} for split in found]
+  assert all(used)
+  assert sum(map(len, used)) == len(set().union(*used)) == 70
+  for side in (0, 1):
+    keys = [
+      corpus_libreoffice.letters(pair[side]) for pair in itertools.chain(*found)
+    ]
+    assert len(keys) == len(set(keys)) == 4 * 70 + 1
+  shuffled = {
+    language: dict(sorted(each.items(), key=lambda item: item[1]))
+    for language, each in pages.items()
+  }
+  again = corpus_libreoffice.clean(corpus_libreoffice.read_pairs(shuffled))
+  assert corpus_libreoffice.split(again) == found
+
+
+def make_package(folder, tree, language, version='4:7.4.7-1'):
+  """A Debian package with the pages of a language."""
+  name = corpus_packages.PACKAGES[language]
+  content = folder / name
+  place = f'{corpus_packages.PLACE}/{language}'
+  shutil.copytree(tree / place, content / place)
+  (content / 'DEBIAN').mkdir()
+  (content / 'DEBIAN' / 'control').write_text(
+    f'Package: {name}\nVersion: {version}\nArchitecture: all\n'
+    f'Maintainer: nobody <nobody@example.org>\nDescription: help\n'
+  )
+  package = folder / f'{name}_{version.replace(":", "%3a")}_all.deb'
+  subprocess.run(
+    ['dpkg-deb', '-b', content, package], check=True, capture_output=True
+  )
+  shutil.rmtree(content)
+  return package
+
+
+@pytest.mark.skipif(not shutil.which('dpkg-deb'), reason='needs dpkg-deb')
+def test_packages(tmp_path):
+  """Packages hold what their tree does; damage and versions are reported."""
+  tree = write_tree(tmp_path / 'tree', make_help())
+  folder = tmp_path / 'packages'
+  folder.mkdir()
+  make_package(folder, tree, 'de', '4:24.2.1-1')
+  with pytest.raises(DataError, match=r'4:7\.4\.7, but has 4:24\.2\.1-1\.'):
+    corpus_libreoffice.load(folder)
+  make_package(folder, tree, 'de')
+  with pytest.raises(DataError, match=r'help-en-us of version .* has none\.'):
+    corpus_libreoffice.load(folder)
+  english = make_package(folder, tree, 'en-US')
+  found = corpus_libreoffice.load(folder)
+  assert found == corpus_libreoffice.load(tree)
+  content = english.read_bytes()
+  for size in (len(content) // 2, 100):
+    english.write_bytes(content[:size])
+    with pytest.raises(DataError, match=r'failed in .* damaged, remove it'):
+      corpus_libreoffice.load(folder)
+
+
+@pytest.mark.parametrize('command', ['apt-get', 'dpkg-deb'])
+def test_only_on_demand(tmp_path, monkeypatch, command):
+  """Without --download, nothing is; without Debian's programs, it says so."""
+  for place in ('CACHE', 'SYSTEM'):
+    monkeypatch.setattr(corpus_packages, place, tmp_path / place)
+  monkeypatch.setenv('PATH', '')
+  with pytest.raises(DataError, match=r'none\. Add --download.*--data-dir'):
+    corpus_libreoffice.load(None)
+  assert not list(tmp_path.iterdir())
+  (tmp_path / 'libreoffice-help-de_1.deb').touch()
+  with pytest.raises(
+    DataError, match=f'program {command} of Debian is missing'
+  ):
+    corpus_libreoffice.load(tmp_path, download=command == 'apt-get')
+
+
+def test_damaged_trees(tmp_path):
+  """Another release, a page or a language that is missing."""
+  new = write_tree(tmp_path / 'new', make_help('24.2'))
+  with pytest.raises(DataError, match=r'but text/.* is of LibreOffice 24\.2'):
+    corpus_libreoffice.load(new)
+  pages = make_help()
+  del pages['en-US']['text/swriter/7.html']
+  tree = write_tree(tmp_path / 'tree', pages)
+  with pytest.raises(DataError, match=r'but text/swriter/7\.html and 0 others'):
+    corpus_libreoffice.load(tree)
+  shutil.rmtree(tree / corpus_packages.PLACE / 'en-US')
+  with pytest.raises(DataError, match=r'help-en-us of version .* has none'):
+    corpus_libreoffice.load(tree)
+  few = write_tree(tmp_path / 'few', make_help(num_pages=2))
+  with pytest.raises(DataError, match='too few pages'):
+    corpus_libreoffice.load(few)
+
+
+def test_scores():
+  """From counts of sentences, BLEU is SacreBLEU's; pairs share resamples."""
+  pairs = make_pairs(40)
+  references = [english for _, english in pairs]
+  guesses = [english for _, english in make_pairs(40, seed=1)]
+  guesses[:20] = references[:20]
+  counts = translation_scores.count(guesses, references)
+  expected = sacrebleu.corpus_bleu(guesses, [references]).score
+  assert translation_scores.score(counts) == pytest.approx(expected)
+  resampled = translation_scores.resample([counts, counts])
+  low, high = translation_scores.interval(resampled)
+  assert low < expected < high
+  np.testing.assert_array_equal(
+    resampled, translation_scores.resample([counts])
+  )
+  expected = metrics.BLEU().corpus_score(
+    guesses, [references], n_bootstrap=1000
+  )
+  _, half_width = re.search(r'μ = (.*?) ± (.*?)\)', str(expected)).groups()
+  assert (high - low) / 2 == pytest.approx(float(half_width), rel=0.15)
+
+
+def test_floors():
+  """The nearest training sentence is found, and duplicates are marked."""
+  train = [
+    ('das rote Haus am See', 'the red house at the lake'),
+    ('ein kleiner Hund', 'a small dog'),
+    ('der Wert der Zelle', 'the value of the cell'),
+  ]
+  pairs = [
+    ('Ein kleiner HUND.', 'a small dog.'),
+    (
+      'das rote Auto fährt heute sehr schnell',
+      'the red car is very fast today',
+    ),
+    ('Paris ? !', 'Paris ? !'),
+  ]
+  indices, cosines = translation_floors.nearest(train, pairs)
+  assert indices[:2].tolist() == [1, 0]
+  assert cosines[0] == pytest.approx(1)
+  assert 0 < cosines[1] < 0.7
+  assert cosines[2] == 0
+  found = translation_floors.measure(train, pairs)
+  assert found.is_far.tolist() == [False, True, True]
+  references = [english for _, english in pairs]
+  for name, guesses in {
+    'copy': [german for german, _ in pairs],
+    'nearest_neighbour': [train[i][1] for i in indices],
+  }.items():
+    expected = sacrebleu.corpus_bleu(guesses, [references]).score
+    assert found.bleu[name] == pytest.approx(expected)
+
+
+# Counts of BLEU: a perfect sentence of five words, and a useless one.
+RIGHT = [*(5, 4, 3, 2), *(5, 4, 3, 2), 5, 5]
+WRONG = [*(0, 0, 0, 0), *(5, 4, 3, 2), 5, 5]
+
+
+def make_finished(optimizer, rho, seed, *, right, is_search=False):
+  """A finished run that translated the first of four sentences right."""
+  run = translation_plan.make_run(optimizer, rho, seed, is_search=is_search)
+  counts = [RIGHT] * right + [WRONG] * (4 - right)
+  splits = translation_plan.splits_of(run)
+  return {**run, 'counts': dict.fromkeys(splits, counts)}
+
+
+def make_measured(floor):
+  """Floors of four sentences, the first of which is a near-duplicate."""
+  each = translation_floors.Floors(
+    {'copy': 1.0, 'nearest_neighbour': floor}, np.arange(4) > 0
+  )
+  return {'validation': each, 'test': each}
+
+
+def test_plan_and_tables():
+  """The search comes after the paper's rho, and adds runs if it differs."""
+  args = translation.parse(['--corpus=libreoffice', '--seeds=2'])[1]
+  args.search_sam, args.search_asam = [0.1, 0.05], [0.2, 0.5]
+  # What each method and radius translates right, of four.
+  quality = {0.0: 2, 0.1: 4, 0.05: 1, 0.2: 1, 0.5: 3}
+  runs = []
+  while run := translation_plan.find_next(args, runs):
+    *key, is_search = translation_plan.identity(run)
+    runs.append(
+      make_finished(*key, right=quality[run['rho']], is_search=is_search)
+    )
+  identities = [translation_plan.identity(run) for run in runs]
+  assert identities == [
+    *(('adam', 0.0, seed, False) for seed in (0, 1)),
+    *(('sam', 0.1, seed, False) for seed in (0, 1)),
+    *(('asam', 0.2, seed, False) for seed in (0, 1)),
+    *(('sam', rho, 2, True) for rho in (0.05, 0.1)),
+    *(('asam', rho, 2, True) for rho in (0.2, 0.5)),
+    # SAM's choice is the paper's.
+    *(('asam', 0.5, seed, False) for seed in (0, 1)),
+  ]
+  pairs = corpus.Corpus(*[make_pairs(4)] * 3)
+  results = translation_report.describe(args, pairs, make_measured(9.0), runs)
+  assert results['complete']
+  searched = results['optimizers']['asam, rho searched']
+  assert searched['rho'] == 0.5
+  bleu = lambda rows: translation_scores.score(np.array(rows))
+  expected = bleu([RIGHT] * 3 + [WRONG])
+  assert searched['test_bleu']['per_seed'].tolist() == [expected] * 2
+  expected = bleu([RIGHT] * 2 + [WRONG])
+  assert searched['test_far_bleu']['mean'] == expected
+  adam = bleu([RIGHT] + [WRONG] * 2)
+  difference = searched['test_far_bleu_minus_adam']
+  assert difference['mean'] == pytest.approx(expected - adam)
+  assert difference['bootstrap_95'][0] >= 0
+  shown = translation_tables.make(results)
+  assert '| nearest neighbour |  | 9.00 | 9.00 |' in shown['translation']
+  assert '| ASAM, rho searched | 0.5* |' in shown['translation']
+  assert '0.05: 25.00, 0.1: 100.00*' in shown['translation, search']
+
+
+def test_floors_stop_it():
+  """Adam must beat them; others may not."""
+  adam = make_finished('adam', 0.0, 0, right=2)
+  asam = make_finished('asam', 0.2, 0, right=0)
+  check = translation_plan.check_floors
+  check([adam, asam], make_measured(20.0))
+  with pytest.raises(
+    translation_plan.BelowFloorError, match=r'not more than the 60\.0 of near'
+  ):
+    check([adam], make_measured(60.0))
+
+
+def test_libreoffice(tmp_path, monkeypatch, capsys):
+  """It stops in the middle of an epoch, goes on, searches, or gives up."""
+  tree = write_tree(tmp_path / 'tree', make_help())
+  options = [
+    '--corpus=libreoffice',
+    '--optimizer=asam',
+    '--search-asam=0.1,0.3',
+  ]
+  options += ['--search-sam=', '--epochs=2', '--search-epochs=1']
+  untouched = run_on(tree, tmp_path / 'untouched', *options)
+  assert untouched['complete']
+  (asam,) = (x for x in untouched['search'].values())
+  assert [x['rho'] for x in asam['candidates']] == [0.1, 0.3]
+  assert asam['seeds'] == [1]
+  expected = {'asam'} | (
+    {'asam, rho searched'} if asam['rho'] != 0.1 else set()
+  )
+  assert {*untouched['optimizers']} == expected
+  assert '| nearest neighbour |' in capsys.readouterr().out
+
+  train_epoch, steps = seq2seq.train_epoch, itertools.count()
+
+  def in_time(*args, is_late, **kwargs):
+    del is_late
+    late = lambda: next(steps) in (3, 12)
+    return train_epoch(*args, is_late=late, **kwargs)
+
+  out = tmp_path / 'resumed'
+  with monkeypatch.context() as patch:
+    patch.setattr(seq2seq, 'train_epoch', in_time)
+    assert not run_on(tree, out, *options)['complete']
+    assert 'repeat the command with --resume' in capsys.readouterr().out
+    assert not run_on(tree, out, *options, '--resume')['complete']
+  resumed = run_on(tree, out, *options, '--resume', '--minutes=60')
+  for key in ('complete', 'optimizers', 'search', 'sha256'):
+    assert resumed[key] == untouched[key]
+
+  out = tmp_path / 'stopped'
+  with pytest.raises(SystemExit, match='1'):
+    run_on(tree, out, *options, '--optimizer=adam', '--lr=1e-9')
+  assert 'needs no training' in capsys.readouterr().err
+  stopped = json.loads((out / 'results.json').read_text())
+  assert not stopped['complete']
+  assert 'needs no training' in stopped['stopped']

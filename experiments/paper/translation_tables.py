@@ -1,0 +1,152 @@
+"""The tables of ``experiments.paper.translation``.
+
+::
+
+    python -m experiments.paper.translation_tables
+
+Prints those of the recorded results, or of the results in a folder.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import cli
+from experiments import run_folder
+from experiments.paper import translation_plan as plan
+from experiments.paper import translation_report
+from experiments.report import reporting
+
+RECORDED = Path(__file__).parents[1] / 'results' / 'translation'
+# Kwon et al., 2021: BLEU on the validation and on the test set.
+PUBLISHED = {
+  'adam': (35.34, 34.86),
+  'sam': (35.52, 34.78),
+  'asam': (35.66, 35.02),
+}
+TITLES = {
+  'copy': 'German, copied',
+  'nearest_neighbour': 'nearest neighbour',
+  'adam': 'Adam',
+  'sam': 'SAM',
+  'asam': 'ASAM',
+}
+
+
+def published_table() -> str:
+  """The paper's BLEU in Markdown."""
+  return reporting.markdown(
+    ['BLEU', 'Adam', 'SAM', 'ASAM'],
+    [
+      [split, *(f'{PUBLISHED[name][i]:.2f}' for name in PUBLISHED)]
+      for i, split in enumerate(plan.SPLITS)
+    ],
+  )
+
+
+def table(results: Mapping[str, Any]) -> str:
+  """BLEU in Markdown, compared with the floors and the paper's.
+
+  Of each: mean ± half its interval over seeds, and the bootstrap interval.
+  """
+  rows = [
+    [TITLES[name], '', *(f'{floors[name]:.2f}' for floors in both), '', '', '']
+    for both in [[results['floors'][split] for split in plan.SPLITS]]
+    for name in both[0]
+  ]
+  for name, each in results['optimizers'].items():
+    optimizer = name.removesuffix(translation_report.SEARCHED)
+    difference = each.get('test_bleu_minus_adam')
+    edge = name != optimizer and results['search'][optimizer]['at_edge']
+    rows.append(
+      [
+        TITLES[optimizer] + name.removeprefix(optimizer),
+        f'{each["rho"]:g}{"*" if edge else ""}' if each['rho'] else '',
+        _cell(each['validation_bleu']),
+        _cell(each['test_bleu']),
+        _cell(each['test_far_bleu']),
+        _cell(difference, '+') if difference else '',
+        ', '.join(f'{score:.2f}' for score in PUBLISHED[optimizer])
+        if name == optimizer
+        else '',
+      ]
+    )
+  return reporting.markdown(
+    [
+      *('BLEU', 'rho', 'validation', 'test', 'test without near-duplicates'),
+      *('test, minus Adam', 'paper: validation, test'),
+    ],
+    rows,
+  )
+
+
+def _cell(summary: Mapping[str, Any], sign: str = '') -> str:
+  mean, half_width = reporting.t_interval(summary['per_seed'])
+  over_seeds = '' if np.isnan(half_width) else f' ± {half_width:.2f}'
+  low, high = summary['bootstrap_95']
+  return f'{mean:{sign}.2f}{over_seeds} [{low:{sign}.2f}, {high:{sign}.2f}]'
+
+
+def search_table(results: Mapping[str, Any]) -> str:
+  """The BLEU on the validation set of each candidate; a star for the choice."""
+  return reporting.markdown(
+    ['search', 'rho: validation BLEU'],
+    [
+      [
+        TITLES[name],
+        ', '.join(
+          f'{x["rho"]:g}: {x["validation_bleu"]:.2f}'
+          f'{"*" if x["rho"] == found["rho"] else ""}'
+          for x in found['candidates']
+        ),
+      ]
+      for name, found in results['search'].items()
+    ],
+  )
+
+
+def make(results: Mapping[str, Any]) -> dict[str, str]:
+  """All tables in Markdown, by the name that experiments/README.md has."""
+  return {
+    'translation': table(results),
+    **(
+      {'translation, search': search_table(results)}
+      if results['search']
+      else {}
+    ),
+  }
+
+
+def make_parser() -> cli.Parser:
+  """The option."""
+  parser = cli.Parser(
+    prog='translation_tables', description='Prints the tables of translation.'
+  )
+  parser.add_argument(
+    'folder',
+    type=Path,
+    nargs='?',
+    default=RECORDED,
+    help='the --out of experiments.paper.translation (the recorded one)',
+  )
+  return parser
+
+
+def main(argv: Sequence[str]) -> None:
+  """Prints the tables."""
+  parser = make_parser()
+  path = parser.parse_args(argv).folder / run_folder.RESULTS
+  if not path.exists():
+    parser.error(
+      f"argument folder: there are no results in '{path.parent}'. Write the"
+      f' --out of experiments.paper.translation.'
+    )
+  print('\n\n'.join(make(json.loads(path.read_text())).values()))
+
+
+if __name__ == '__main__':
+  cli.run(main)
