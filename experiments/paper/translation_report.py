@@ -96,9 +96,9 @@ def describe(
   """The results of all finished runs, by optimizer."""
   selected = select(args, runs)
   base = selected.get('adam', [])
-  ended = plan.find_next(args, runs) is None
+  ended = bool(runs) and plan.find_next(args, runs) is None
   return {
-    'complete': bool(runs) and ended and plan.is_finished(runs[-1]),
+    'complete': not stopped and ended and plan.is_finished(runs[-1]),
     **({'stopped': stopped} if stopped else {}),
     'config': vars(args),
     **corpus.describe(pairs),
