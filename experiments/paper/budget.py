@@ -15,16 +15,12 @@ CPU, each runs on its own, with the same results up to rounding.
 """
 
 import argparse
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Mapping
 from collections.abc import Sequence
 import json
 import math
 from pathlib import Path
 import time
 from typing import Any
-from typing import NamedTuple
 
 import jax
 
@@ -39,31 +35,9 @@ from experiments.report import records
 
 CONFIG = 'config.json'
 RESULTS = 'results.json'
-FIGURE = 'budget.png'
 
 
-class Program(NamedTuple):
-  """A program that compares methods.
-
-  Attributes:
-    name: Its module.
-    description: For its help.
-    tasks: The tasks by name.
-    methods: The methods by name.
-    make_trainer: Makes a trainer with the arguments of
-      :class:`budget_training.Trainer`.
-    versions: Of what the results depend on besides the usual packages.
-  """
-
-  name: str
-  description: str
-  tasks: Mapping[str, budget_tasks.Task]
-  methods: Mapping[str, budget_methods.Method]
-  make_trainer: Callable[..., budget_training.Trainer] = budget_training.Trainer
-  versions: Mapping[str, str] = {}
-
-
-def make_parser(program: Program) -> cli.Parser:
+def make_parser(program: budget_comparison.Program) -> cli.Parser:
   """The options."""
   prog = program.name.rsplit('.', 1)[-1]
   parser = cli.Parser(prog=prog, description=program.description)
@@ -92,7 +66,9 @@ def make_parser(program: Program) -> cli.Parser:
   return parser
 
 
-def make_config(program: Program, args: argparse.Namespace) -> dict[str, Any]:
+def make_config(
+  program: budget_comparison.Program, args: argparse.Namespace
+) -> dict[str, Any]:
   """What the results depend on."""
   return records.to_json(
     {
@@ -106,6 +82,8 @@ def make_config(program: Program, args: argparse.Namespace) -> dict[str, Any]:
           'batch_size': task.recipe.batch_size,
           'label_noise': task.label_noise,
           'augment': task.augment,
+          'draws': task.draws,
+          'metric': task.metric,
           'weight_decay': task.recipe.weight_decay,
           'candidates': {
             each: budget_methods.candidates(method, task.recipe)
@@ -144,7 +122,7 @@ def agree(before: Any, now: Any) -> bool:
 def load(
   parser: cli.Parser,
   args: argparse.Namespace,
-  program: Program,
+  program: budget_comparison.Program,
   deadline: float,
 ) -> tuple[dict[str, data.Dataset], dict[str, budget_training.Trainer]]:
   """The data set and the trainer of each task."""
@@ -169,7 +147,7 @@ def load(
 
 
 def train(
-  program: Program,
+  program: budget_comparison.Program,
   parser: cli.Parser,
   argv: Sequence[str],
   args: argparse.Namespace,
@@ -191,10 +169,9 @@ def train(
     'tasks': results['tasks'],
   }
   comparison = budget_comparison.Comparison(
-    *(args.out / RESULTS, results, trainers, datasets),
-    *(program.tasks, program.methods),
+    args.out / RESULTS, results, trainers, datasets, program
   )
-  work = missing(program, results, args.tasks, args.methods)
+  work = budget_comparison.missing(program, results, args.tasks, args.methods)
   try:
     for each in work:
       comparison.prepare(*each)
@@ -205,39 +182,16 @@ def train(
   finally:
     for trainer in trainers.values():
       trainer.close()
-    results['complete'] = not missing(
+    results['complete'] = not budget_comparison.missing(
       program, results, program.tasks, program.methods
     )
     comparison.write()
   return results
 
 
-def missing(
-  program: Program,
-  results: dict[str, Any],
-  tasks: Iterable[str],
-  methods: Iterable[str],
-) -> list[tuple[str, str]]:
-  """The tasks and methods that have no results yet."""
-
-  def is_missing(task, method):
-    found = results['tasks'].get(task, {'methods': {}})['methods']
-    recipe = program.tasks[task].recipe
-    return program.methods[method].is_applicable(
-      recipe
-    ) and 'summary' not in found.get(method, {})
-
-  return [
-    (task, method)
-    for task in tasks
-    for method in methods
-    if is_missing(task, method)
-  ]
-
-
 def main(argv: Sequence[str]) -> None:
   """Trains what is not in ``--out`` yet, and prints the tables."""
-  program = Program(
+  program = budget_comparison.Program(
     'experiments.paper.budget',
     'Compares accuracy and cost of methods.',
     *(budget_tasks.TASKS, budget_methods.METHODS),
@@ -247,19 +201,20 @@ def main(argv: Sequence[str]) -> None:
 
 
 def compare(
-  program: Program,
+  program: budget_comparison.Program,
   parser: cli.Parser,
   argv: Sequence[str],
   args: argparse.Namespace,
 ) -> None:
   """Trains what is not in ``--out`` yet, and prints the tables."""
+  prog = program.name.rsplit('.', 1)[-1]
   config = make_config(program, args)
   results = read(parser, args.out, config)
-  if missing(program, results, args.tasks, args.methods):
+  if budget_comparison.missing(program, results, args.tasks, args.methods):
     results = train(program, parser, argv, args, config, results)
   if not budget_report.tables(results):
     return
-  with records.replacing(args.out / FIGURE) as partial:
+  with records.replacing(args.out / f'{prog}.png') as partial:
     budget_report.draw(results).savefig(partial, format='png')
   print('\n\n'.join(budget_report.tables(results).values()))
 

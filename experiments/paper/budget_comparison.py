@@ -1,8 +1,11 @@
 """The runs of ``experiments.paper.budget``, and the file that keeps them."""
 
+from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from typing import NamedTuple
 
 import jax
 
@@ -15,6 +18,27 @@ from experiments.paper.budget_lanes import Lane
 from experiments.report import records
 
 
+class Program(NamedTuple):
+  """A program that compares methods.
+
+  Attributes:
+    name: Its module.
+    description: For its help.
+    tasks: The tasks by name.
+    methods: The methods by name.
+    make_trainer: Makes a trainer with the arguments of
+      :class:`budget_training.Trainer`.
+    versions: Of what the results depend on besides the usual packages.
+  """
+
+  name: str
+  description: str
+  tasks: Mapping[str, budget_tasks.Task]
+  methods: Mapping[str, budget_methods.Method]
+  make_trainer: Callable[..., budget_training.Trainer] = budget_training.Trainer
+  versions: Mapping[str, str] = {}
+
+
 class Comparison:
   """The runs of all tasks and methods, and the file of their results.
 
@@ -23,8 +47,7 @@ class Comparison:
     results: What it holds so far; changed in place.
     trainers: A trainer for each task.
     datasets: The data set of each task.
-    tasks: The tasks by name.
-    methods: The methods by name, in the order of the tables.
+    program: Its tasks and methods, in the order of the tables.
   """
 
   def __init__(
@@ -33,11 +56,10 @@ class Comparison:
     results: dict[str, Any],
     trainers: dict[str, budget_training.Trainer],
     datasets: dict[str, data.Dataset],
-    tasks: Mapping[str, budget_tasks.Task],
-    methods: Mapping[str, budget_methods.Method],
+    program: Program,
   ):
     self._path = path
-    self._tasks, self._methods = tasks, methods
+    self._tasks, self._methods = program.tasks, program.methods
     self.results = results
     self._trainers, self._datasets = trainers, datasets
 
@@ -155,3 +177,26 @@ class Comparison:
         if name in task['methods']
       }
     records.write_json(self._path, self.results)
+
+
+def missing(
+  program: Program,
+  results: dict[str, Any],
+  tasks: Iterable[str],
+  methods: Iterable[str],
+) -> list[tuple[str, str]]:
+  """The tasks and methods that have no results yet."""
+
+  def is_missing(task, method):
+    found = results['tasks'].get(task, {'methods': {}})['methods']
+    recipe = program.tasks[task].recipe
+    return program.methods[method].is_applicable(
+      recipe
+    ) and 'summary' not in found.get(method, {})
+
+  return [
+    (task, method)
+    for task in tasks
+    for method in methods
+    if is_missing(task, method)
+  ]

@@ -28,10 +28,7 @@ MARKERS = 'osv^DPX<>h*pd8'
 
 
 def measure(logits: np.ndarray, labels: data.Array) -> dict[str, float]:
-  """Accuracies, loss and calibration error of logits [n, classes].
-
-  The balanced accuracy is the mean of those of the classes.
-  """
+  """Accuracies, loss and calibration error of logits [n, classes]."""
   log_p, labels = logits.astype(np.float64), np.asarray(labels)
   log_p -= log_p.max(axis=1, keepdims=True)
   log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
