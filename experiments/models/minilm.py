@@ -160,7 +160,11 @@ class FineTuned:
     for i in range(0, len(pieces), EMBED_BATCH):
       part = np.asarray(pieces[i : i + EMBED_BATCH])
       # Filled, so that one program does for all.
-      filled = np.pad(part, [(0, EMBED_BATCH - len(part)), (0, 0)])
+      filled = np.pad(
+        part,
+        [(0, EMBED_BATCH - len(part)), (0, 0)],
+        constant_values=PAD + 1,
+      )
       parts.append(np.asarray(_embed(config, weights, filled))[: len(part)])
     return np.concatenate(parts)
 

@@ -32,8 +32,8 @@ def floor(title: str, *values: float) -> budget_methods.Method:
 
 
 FLOORS = {
-  'bag_of_words': floor('bag of words', 1.0, 10.0, 100.0, 1000.0),
-  'probe': floor('frozen, a linear probe', 0.1, 1.0, 10.0, 100.0),
+  'bag_of_words': floor('bag of words', 10.0, 100.0, 1e3, 1e4),
+  'probe': floor('frozen, a linear probe', 10.0, 100.0, 1e3, 1e4),
 }
 
 
