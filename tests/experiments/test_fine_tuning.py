@@ -275,7 +275,6 @@ def test_lora(model_dir, name):
   leaves, treedef = jax.tree.flatten(params)
   paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
   names = [jax.tree_util.keystr(path) for path in paths]
-  pairs = dict(zip(names, leaves, strict=True))
   is_trained = dict(zip(names, mask, strict=True))
   assert sum(mask) == 2 * 2 * DEPTH + 2
   trained = {
