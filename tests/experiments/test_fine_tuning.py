@@ -130,7 +130,7 @@ MAILS = {
       f'{PLAIN}; charset=unheard-of',
       'Content-Transfer-Encoding: base64',
     ),
-    'a' * 27 + 'd!',
+    'a' * 26 + 'd!',
   ),
 }
 
