@@ -113,6 +113,17 @@ def make(
   return make_tx
 
 
+def momentum(run: Run, rho: chex.Numeric, other: chex.Numeric) -> Tx:
+  """Momentum ASAM, with a momentum of its own if the base splits the tree."""
+  del other
+  return optax_asam.momentum_asam(
+    run.base_tx(),
+    rho,
+    mask=run.mask,
+    momentum=None if run.mask is None else 0.9,
+  )
+
+
 def late(run: Run, rho: chex.Numeric, other: chex.Numeric) -> Tx:
   """ASAM in the last 20 % of training."""
   del other
@@ -164,7 +175,7 @@ METHODS: dict[str, Method] = {
   'asam': Method('ASAM', make(optax_asam.asam), 2, ASAM),
   'momentum_asam': Method(
     'momentum ASAM',
-    make(optax_asam.momentum_asam),
+    momentum,
     1,
     radii(0.5, 1.0, 2.0, 4.0),
     second_gradient=False,
