@@ -15,7 +15,6 @@ CPU, each runs on its own, with the same results up to rounding.
 """
 
 import argparse
-from collections.abc import Iterable
 from collections.abc import Sequence
 import json
 import math
@@ -36,16 +35,14 @@ from experiments.report import records
 
 CONFIG = 'config.json'
 RESULTS = 'results.json'
-FIGURE = 'budget.png'
 
 
-def make_parser() -> cli.Parser:
+def make_parser(program: budget_comparison.Program) -> cli.Parser:
   """The options."""
-  parser = cli.Parser(
-    prog='budget', description='Compares accuracy and cost of methods.'
-  )
+  prog = program.name.rsplit('.', 1)[-1]
+  parser = cli.Parser(prog=prog, description=program.description)
   add = parser.add_argument
-  names = budget_tasks.TASKS, budget_methods.METHODS
+  names = program.tasks, program.methods
   for option, choices in zip(('--tasks', '--methods'), names, strict=True):
     add(
       option,
@@ -60,8 +57,8 @@ def make_parser() -> cli.Parser:
     )
   add('--seeds', type=cli.count(5), default=5, help='of the results (5)')
   add('--search-seeds', type=cli.count(2), default=2, help='of the search (2)')
-  add('--data-dir', type=Path, help='folder with the files of Fashion-MNIST')
-  add('--out', type=Path, default=Path('out/budget'), help='for results')
+  add('--data-dir', type=Path, help='folder with the data')
+  add('--out', type=Path, default=Path('out') / prog, help='for results')
   add('--minutes', type=cli.positive(8), help='when to stop (never)')
   add('--lanes', type=cli.count(20), help='runs at once (1 on CPU, else 20)')
   add('--threads', type=cli.count(8), help='to compile ahead (none on CPU)')
@@ -69,12 +66,15 @@ def make_parser() -> cli.Parser:
   return parser
 
 
-def make_config(args: argparse.Namespace) -> dict[str, Any]:
+def make_config(
+  program: budget_comparison.Program, args: argparse.Namespace
+) -> dict[str, Any]:
   """What the results depend on."""
   return records.to_json(
     {
       'seeds': list(range(args.seeds)),
       'search_seeds': list(range(args.seeds, args.seeds + args.search_seeds)),
+      **({'versions': program.versions} if program.versions else {}),
       'tasks': {
         name: {
           'train_size': task.train_size,
@@ -82,13 +82,15 @@ def make_config(args: argparse.Namespace) -> dict[str, Any]:
           'batch_size': task.recipe.batch_size,
           'label_noise': task.label_noise,
           'augment': task.augment,
+          'draws': task.draws,
+          'metric': task.metric,
           'weight_decay': task.recipe.weight_decay,
           'candidates': {
             each: budget_methods.candidates(method, task.recipe)
-            for each, method in budget_methods.METHODS.items()
+            for each, method in program.methods.items()
           },
         }
-        for name, task in budget_tasks.TASKS.items()
+        for name, task in program.tasks.items()
       },
     }
   )
@@ -118,20 +120,23 @@ def agree(before: Any, now: Any) -> bool:
 
 
 def load(
-  parser: cli.Parser, args: argparse.Namespace, deadline: float
+  parser: cli.Parser,
+  args: argparse.Namespace,
+  program: budget_comparison.Program,
+  deadline: float,
 ) -> tuple[dict[str, data.Dataset], dict[str, budget_training.Trainer]]:
   """The data set and the trainer of each task."""
   on_cpu = jax.default_backend() == 'cpu'
   datasets, trainers, by_data = {}, {}, {}
   for name in args.tasks:
-    read_data = budget_tasks.TASKS[name].load
+    read_data = program.tasks[name].load
     try:
       datasets[name] = read_data(args.data_dir)
     except data.DataError as error:
       parser.error(str(error))
     # One for all tasks of a data set: they share compiled programs.
     if read_data not in by_data:
-      by_data[read_data] = budget_training.Trainer(
+      by_data[read_data] = program.make_trainer(
         datasets[name],
         max_lanes=args.lanes or (1 if on_cpu else 20),
         deadline=deadline,
@@ -142,6 +147,7 @@ def load(
 
 
 def train(
+  program: budget_comparison.Program,
   parser: cli.Parser,
   argv: Sequence[str],
   args: argparse.Namespace,
@@ -150,11 +156,11 @@ def train(
 ) -> dict[str, Any]:
   """Trains what is missing, and returns the results."""
   deadline = time.monotonic() + 60 * (args.minutes or math.inf)
-  datasets, trainers = load(parser, args, deadline)
+  datasets, trainers = load(parser, args, program, deadline)
   args.out.mkdir(parents=True, exist_ok=True)
   started = args.out / CONFIG
   records.write_started(started, config)
-  provenance = records.provenance('experiments.paper.budget', argv, started)
+  provenance = records.provenance(program.name, argv, started)
   provenance['commit'] = provenance['commit'] or args.commit
   results = {
     **provenance,
@@ -163,9 +169,9 @@ def train(
     'tasks': results['tasks'],
   }
   comparison = budget_comparison.Comparison(
-    args.out / RESULTS, results, trainers, datasets
+    args.out / RESULTS, results, trainers, datasets, program
   )
-  work = missing(results, args.tasks, args.methods)
+  work = budget_comparison.missing(program, results, args.tasks, args.methods)
   try:
     for each in work:
       comparison.prepare(*each)
@@ -176,44 +182,39 @@ def train(
   finally:
     for trainer in trainers.values():
       trainer.close()
-    results['complete'] = not missing(
-      results, budget_tasks.TASKS, budget_methods.METHODS
+    results['complete'] = not budget_comparison.missing(
+      program, results, program.tasks, program.methods
     )
     comparison.write()
   return results
 
 
-def missing(
-  results: dict[str, Any], tasks: Iterable[str], methods: Iterable[str]
-) -> list[tuple[str, str]]:
-  """The tasks and methods that have no results yet."""
-
-  def is_missing(task, method):
-    found = results['tasks'].get(task, {'methods': {}})['methods']
-    recipe = budget_tasks.TASKS[task].recipe
-    return budget_methods.METHODS[method].is_applicable(
-      recipe
-    ) and 'summary' not in found.get(method, {})
-
-  return [
-    (task, method)
-    for task in tasks
-    for method in methods
-    if is_missing(task, method)
-  ]
-
-
 def main(argv: Sequence[str]) -> None:
   """Trains what is not in ``--out`` yet, and prints the tables."""
-  parser = make_parser()
-  args = parser.parse_args(argv)
-  config = make_config(args)
+  program = budget_comparison.Program(
+    'experiments.paper.budget',
+    'Compares accuracy and cost of methods.',
+    *(budget_tasks.TASKS, budget_methods.METHODS),
+  )
+  parser = make_parser(program)
+  compare(program, parser, argv, parser.parse_args(argv))
+
+
+def compare(
+  program: budget_comparison.Program,
+  parser: cli.Parser,
+  argv: Sequence[str],
+  args: argparse.Namespace,
+) -> None:
+  """Trains what is not in ``--out`` yet, and prints the tables."""
+  prog = program.name.rsplit('.', 1)[-1]
+  config = make_config(program, args)
   results = read(parser, args.out, config)
-  if missing(results, args.tasks, args.methods):
-    results = train(parser, argv, args, config, results)
+  if budget_comparison.missing(program, results, args.tasks, args.methods):
+    results = train(program, parser, argv, args, config, results)
   if not budget_report.tables(results):
     return
-  with records.replacing(args.out / FIGURE) as partial:
+  with records.replacing(args.out / f'{prog}.png') as partial:
     budget_report.draw(results).savefig(partial, format='png')
   print('\n\n'.join(budget_report.tables(results).values()))
 

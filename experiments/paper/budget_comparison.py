@@ -1,18 +1,42 @@
 """The runs of ``experiments.paper.budget``, and the file that keeps them."""
 
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from typing import NamedTuple
 
 import jax
 
 from experiments import data
-from experiments.paper import budget_lanes
 from experiments.paper import budget_methods
 from experiments.paper import budget_report
 from experiments.paper import budget_tasks
 from experiments.paper import budget_training
 from experiments.paper.budget_lanes import Lane
 from experiments.report import records
+
+
+class Program(NamedTuple):
+  """A program that compares methods.
+
+  Attributes:
+    name: Its module.
+    description: For its help.
+    tasks: The tasks by name.
+    methods: The methods by name.
+    make_trainer: Makes a trainer with the arguments of
+      :class:`budget_training.Trainer`.
+    versions: Of what the results depend on besides the usual packages.
+  """
+
+  name: str
+  description: str
+  tasks: Mapping[str, budget_tasks.Task]
+  methods: Mapping[str, budget_methods.Method]
+  make_trainer: Callable[..., budget_training.Trainer] = budget_training.Trainer
+  versions: Mapping[str, str] = {}
 
 
 class Comparison:
@@ -23,6 +47,7 @@ class Comparison:
     results: What it holds so far; changed in place.
     trainers: A trainer for each task.
     datasets: The data set of each task.
+    program: Its tasks and methods, in the order of the tables.
   """
 
   def __init__(
@@ -31,17 +56,24 @@ class Comparison:
     results: dict[str, Any],
     trainers: dict[str, budget_training.Trainer],
     datasets: dict[str, data.Dataset],
+    program: Program,
   ):
     self._path = path
+    self._tasks, self._methods = program.tasks, program.methods
     self.results = results
     self._trainers, self._datasets = trainers, datasets
 
   def entry(self, task_name: str, name: str) -> dict[str, Any]:
     """The results of a method on a task, with the runs that are finished."""
-    task = budget_tasks.TASKS[task_name]
-    method = budget_methods.METHODS[name]
+    task = self._tasks[task_name]
+    method = self._methods[name]
     found = self.results['tasks'].setdefault(
-      task_name, {'title': task.title, 'methods': {}}
+      task_name,
+      {
+        'title': task.title,
+        **({} if task.metric == 'accuracy' else {'metric': task.metric}),
+        'methods': {},
+      },
     )
     return found['methods'].setdefault(
       name,
@@ -57,11 +89,9 @@ class Comparison:
 
   def lanes(self, task_name: str, name: str) -> tuple[list[Lane], int]:
     """The lanes of the search, and the number of those of the results."""
-    task = budget_tasks.TASKS[task_name]
+    task = self._tasks[task_name]
     config = self.results['config']
-    candidates = budget_methods.candidates(
-      budget_methods.METHODS[name], task.recipe
-    )
+    candidates = budget_methods.candidates(self._methods[name], task.recipe)
     search = [
       Lane(seed, values)
       for values in candidates
@@ -73,7 +103,7 @@ class Comparison:
   def prepare(self, task_name: str, name: str) -> None:
     """Starts to compile what a method needs."""
     search, num_lanes = self.lanes(task_name, name)
-    task = budget_tasks.TASKS[task_name]
+    task = self._tasks[task_name]
     trainer = self._trainers[task_name]
     if search:
       trainer.prepare(task, name, len(search))
@@ -89,23 +119,22 @@ class Comparison:
     self._train(task_name, name, lanes, entry['runs'], is_search=False)
     entry['summary'] = budget_report.summarize(entry)
     self.write()
-    print(budget_report.line(task_name, entry), flush=True)
+    print(
+      budget_report.line(task_name, entry, self._tasks[task_name].metric),
+      flush=True,
+    )
 
   def _train(self, task_name, name, lanes, done, *, is_search):
     """Trains the lanes that are not done, and appends what is measured."""
-    task = budget_tasks.TASKS[task_name]
+    task = self._tasks[task_name]
     trainer, dataset = self._trainers[task_name], self._datasets[task_name]
     keys = {(run['seed'], *run['values']) for run in done}
     left = [lane for lane in lanes if (lane.seed, *lane.values) not in keys]
     for group in trainer.groups(left) if left else []:
       trained = trainer.train(task, name, group)
-
-      def predict(split, params=trained.params):
-        return budget_lanes.logits(
-          task.recipe.model, dataset.preprocess, params, split.images
-        )
-
-      measured = list(zip(group, predict(dataset.held_out), strict=True))
+      measured = list(
+        zip(group, trainer.logits(task, trained, dataset.held_out), strict=True)
+      )
       tested = [{}] * len(group)
       if not is_search:
         tested = [
@@ -115,19 +144,19 @@ class Comparison:
               logits, dataset.test.labels
             ).items()
           }
-          for logits in predict(dataset.test)
+          for logits in trainer.logits(task, trained, dataset.test)
         ]
       for (lane, logits), test in zip(measured, tested, strict=True):
         if (lane.seed, *lane.values) in keys:
           continue  # Repeated to fill the group.
         keys.add((lane.seed, *lane.values))
-        noisy = budget_training.noisy_labels(dataset, task, [lane.seed])
-        found = budget_report.measure(logits, noisy.held_out.labels[0])
+        noisy = budget_training.noisy_labels(dataset, task, lane.seed)
+        found = budget_report.measure(logits, noisy.held_out.labels)
         done.append(
           {
             'seed': lane.seed,
             'values': list(lane.values),
-            'held_out_accuracy': found['accuracy'],
+            f'held_out_{task.metric}': found[task.metric],
             'seconds_per_step': trained.seconds_per_step,
             'device': jax.devices()[0].device_kind,
             **test,
@@ -139,12 +168,35 @@ class Comparison:
     """Writes the results so far, in the order of tasks and methods."""
     by_task = self.results['tasks']
     self.results['tasks'] = {
-      name: by_task[name] for name in budget_tasks.TASKS if name in by_task
+      name: by_task[name] for name in self._tasks if name in by_task
     }
     for task in self.results['tasks'].values():
       task['methods'] = {
         name: task['methods'][name]
-        for name in budget_methods.METHODS
+        for name in self._methods
         if name in task['methods']
       }
     records.write_json(self._path, self.results)
+
+
+def missing(
+  program: Program,
+  results: dict[str, Any],
+  tasks: Iterable[str],
+  methods: Iterable[str],
+) -> list[tuple[str, str]]:
+  """The tasks and methods that have no results yet."""
+
+  def is_missing(task, method):
+    found = results['tasks'].get(task, {'methods': {}})['methods']
+    recipe = program.tasks[task].recipe
+    return program.methods[method].is_applicable(
+      recipe
+    ) and 'summary' not in found.get(method, {})
+
+  return [
+    (task, method)
+    for task in tasks
+    for method in methods
+    if is_missing(task, method)
+  ]

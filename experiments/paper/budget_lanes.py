@@ -128,7 +128,7 @@ def make_functions(
     def base_tx(weight_decay=recipe.weight_decay):
       return recipe.make_tx(lane.num_steps, weight_decay)
 
-    run = budget_methods.Run(base_tx, lane.num_steps)
+    run = budget_methods.Run(base_tx, lane.num_steps, recipe.mask)
     return method.make_tx(run, lane.values[0], lane.values[1])
 
   def init(params, lane):

@@ -27,10 +27,12 @@ class Run(NamedTuple):
   Attributes:
     base_tx: From a weight decay, by default the recipe's, to the optimizer.
     num_steps: The number of steps of the run, possibly traced.
+    mask: What is trained, and so perturbed; None for everything.
   """
 
   base_tx: Callable[..., Tx]
   num_steps: chex.Numeric
+  mask: Callable[[Any], Any] | None = None
 
 
 class Method(NamedTuple):
@@ -47,6 +49,7 @@ class Method(NamedTuple):
     eval_params: From its state and the parameters to those to be evaluated,
       if they are others.
     names: What the values are called, if there are candidates.
+    has_rho: Whether the first value is a rho, which the recipe scales.
     is_applicable: Whether the recipe of a task can be trained with it.
   """
 
@@ -59,6 +62,7 @@ class Method(NamedTuple):
   second_gradient: bool = True
   eval_params: Callable[[Any, Any], Any] | None = None
   names: tuple[str, ...] = ('rho',)
+  has_rho: bool = True
   is_applicable: Callable[[Any], bool] = lambda recipe: True
 
 
@@ -103,32 +107,50 @@ def make(
 
   def make_tx(run, rho, other):
     others = {name: other} if name else {}
-    return wrap(run.base_tx(), rho=rho, **options, **others)
+    given = {'mask': run.mask, **options, **others}
+    return wrap(run.base_tx(), rho=rho, **given)
 
   return make_tx
+
+
+def momentum(run: Run, rho: chex.Numeric, other: chex.Numeric) -> Tx:
+  """Momentum ASAM, with a momentum of its own if the base splits the tree."""
+  del other
+  return optax_asam.momentum_asam(
+    run.base_tx(),
+    rho,
+    mask=run.mask,
+    momentum=None if run.mask is None else 0.9,
+  )
 
 
 def late(run: Run, rho: chex.Numeric, other: chex.Numeric) -> Tx:
   """ASAM in the last 20 % of training."""
   del other
   first = 0.8 * run.num_steps
-  return optax_asam.asam(run.base_tx(), rho, when=lambda step: step >= first)
+  return optax_asam.asam(
+    run.base_tx(), rho, mask=run.mask, when=lambda step: step >= first
+  )
 
 
 def gsam(run: Run, rho: chex.Numeric, alpha: chex.Numeric) -> Tx:
   """SAM with the descent of GSAM."""
-  return optax_asam.sam(run.base_tx(), rho, descent=descent.gsam(alpha))
+  return optax_asam.sam(
+    run.base_tx(), rho, mask=run.mask, descent=descent.gsam(alpha)
+  )
 
 
 def wsam(run: Run, rho: chex.Numeric, gamma: chex.Numeric) -> Tx:
   """SAM with the descent of WSAM."""
-  return optax_asam.sam(run.base_tx(), rho, descent=descent.wsam(gamma))
+  return optax_asam.sam(
+    run.base_tx(), rho, mask=run.mask, descent=descent.wsam(gamma)
+  )
 
 
 def friendly(run: Run, rho: chex.Numeric, other: chex.Numeric) -> Tx:
   """SAM with the ascent of F-SAM."""
   del other
-  ball = ascent.rho_ball(rho, eta=0.0, adaptive=False)
+  ball = ascent.rho_ball(rho, eta=0.0, adaptive=False, mask=run.mask)
   return optax.chain(
     optax_asam.sharpness_aware(optax.chain(ascent.friendly(), ball)),
     run.base_tx(),
@@ -153,7 +175,7 @@ METHODS: dict[str, Method] = {
   'asam': Method('ASAM', make(optax_asam.asam), 2, ASAM),
   'momentum_asam': Method(
     'momentum ASAM',
-    make(optax_asam.momentum_asam),
+    momentum,
     1,
     radii(0.5, 1.0, 2.0, 4.0),
     second_gradient=False,
@@ -198,4 +220,5 @@ def candidates(method: Method, recipe: Any) -> list[tuple[float, float]]:
   """The candidates of a method for a recipe."""
   if not method.candidates:
     return [(0.0, decay) for decay in recipe.weight_decays]
-  return [(recipe.rho_scale * rho, other) for rho, other in method.candidates]
+  scale = recipe.rho_scale if method.has_rho else 1
+  return [(scale * rho, other) for rho, other in method.candidates]

@@ -11,11 +11,12 @@ from experiments import data
 from experiments.report import reporting
 
 NUM_BINS = 15
-# What is reported of the test set, and how: factor, decimals.
+# What is reported of the test set, and how: title, factor, decimals.
 QUANTITIES = {
-  'test_accuracy': (100, 2),
-  'test_loss': (1, 3),
-  'test_calibration_error': (100, 1),
+  'test_accuracy': ('test accuracy, %', 100, 2),
+  'test_balanced_accuracy': ('balanced, %', 100, 2),
+  'test_loss': ('test loss', 1, 3),
+  'test_calibration_error': ('ECE, %', 100, 1),
 }
 # Dark enough on white, for methods at one, about 1.2, and two gradients.
 COLORS = (
@@ -27,7 +28,7 @@ MARKERS = 'osv^DPX<>h*pd8'
 
 
 def measure(logits: np.ndarray, labels: data.Array) -> dict[str, float]:
-  """Accuracy, loss and calibration error of logits [n, classes]."""
+  """Accuracies, loss and calibration error of logits [n, classes]."""
   log_p, labels = logits.astype(np.float64), np.asarray(labels)
   log_p -= log_p.max(axis=1, keepdims=True)
   log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
@@ -35,6 +36,9 @@ def measure(logits: np.ndarray, labels: data.Array) -> dict[str, float]:
   confidence = np.exp(log_p.max(axis=1))
   return {
     'accuracy': float(is_right.mean()),
+    'balanced_accuracy': float(
+      np.mean([is_right[labels == label].mean() for label in np.unique(labels)])
+    ),
     'loss': float(-log_p[np.arange(len(labels)), labels].mean()),
     'calibration_error': calibration_error(confidence, is_right),
   }
@@ -54,10 +58,11 @@ def calibration_error(confidence: np.ndarray, is_right: np.ndarray) -> float:
 
 
 def mean_scores(search: Sequence[Mapping[str, Any]]) -> dict[Any, float]:
-  """The mean held-out accuracy of each candidate."""
+  """The mean held-out accuracy of each candidate, balanced or not."""
   scores: dict[Any, list[float]] = {}
   for run in search:
-    scores.setdefault(tuple(run['values']), []).append(run['held_out_accuracy'])
+    (score,) = (run[name] for name in run if name.startswith('held_out_'))
+    scores.setdefault(tuple(run['values']), []).append(score)
   return {values: float(np.mean(each)) for values, each in scores.items()}
 
 
@@ -85,6 +90,7 @@ def summarize(method: Mapping[str, Any]) -> dict[str, Any]:
     **{
       name: reporting.summarize([run[name] for run in runs])
       for name in QUANTITIES
+      if name in runs[0]  # Older results have no balanced accuracy.
     },
   }
 
@@ -122,11 +128,13 @@ def _interval(per_seed: Any, factor: float, decimals: int, sign: str = ''):
   return text if np.isnan(half_width) else f'{text} ± {half_width:.{decimals}f}'
 
 
-def line(task_name: str, method: Mapping[str, Any]) -> str:
+def line(
+  task_name: str, method: Mapping[str, Any], metric: str = 'accuracy'
+) -> str:
   """A method that has just finished."""
   summary = method['summary']
   seconds = summary['seconds_per_step']
-  accuracy = reporting.format_accuracy(summary['test_accuracy']['per_seed'])
+  accuracy = reporting.format_accuracy(summary[f'test_{metric}']['per_seed'])
   parts = accuracy, parameters(method), f'{1000 * seconds:.3f} ms a step'
   return f'{task_name}, {method["title"]}: {"; ".join(filter(None, parts))}'
 
@@ -135,13 +143,19 @@ def table(task: Mapping[str, Any]) -> str:
   """The table of a task in Markdown."""
   methods = finished(task)
   base = methods.get('base')
+  metric = task.get('metric', 'accuracy')
+  shown = {
+    name: how
+    for name, how in QUANTITIES.items()
+    if name != 'test_balanced_accuracy' or metric == 'balanced_accuracy'
+  }
   rows = []
   for method in methods.values():
     summary = method['summary']
     difference = time = ''
     if base and method is not base:
       accuracies = (
-        np.asarray(x['summary']['test_accuracy']['per_seed'])
+        np.asarray(x['summary'][f'test_{metric}']['per_seed'])
         for x in (method, base)
       )
       own, others = accuracies
@@ -156,8 +170,8 @@ def table(task: Mapping[str, Any]) -> str:
         f'{cost(method):g}',
         time,
         *(
-          _interval(summary[name]['per_seed'], *shown)
-          for name, shown in QUANTITIES.items()
+          _interval(summary[name]['per_seed'], *how)
+          for name, (_, *how) in shown.items()
         ),
         difference,
       ]
@@ -165,7 +179,8 @@ def table(task: Mapping[str, Any]) -> str:
   return reporting.markdown(
     [
       *(task['title'], 'chosen', 'gradients', 'time'),
-      *('test accuracy, %', 'test loss', 'ECE, %', 'accuracy minus base'),
+      *(title for title, *_ in shown.values()),
+      f'{metric.replace("_", " ")} minus base',
     ],
     rows,
   )
@@ -191,6 +206,7 @@ def draw(results: Mapping[str, Any]) -> Figure:
   all_axes = np.ravel(figure.subplots(rows, columns, squeeze=False))
   styles: dict[str, Any] = {}
   for axes, task in zip(all_axes, tasks, strict=False):
+    metric = task.get('metric', 'accuracy')
     drawn: dict[float, int] = {}
     for name, method in finished(task).items():
       i = list(styles).index(name) if name in styles else len(styles)
@@ -200,7 +216,7 @@ def draw(results: Mapping[str, Any]) -> Figure:
       shift = 0.035 * drawn.get(x, 0)
       drawn[x] = drawn.get(x, 0) + 1
       mean, half_width = reporting.t_interval(
-        100 * np.asarray(method['summary']['test_accuracy']['per_seed'])
+        100 * np.asarray(method['summary'][f'test_{metric}']['per_seed'])
       )
       axes.errorbar(
         x + shift,
@@ -216,7 +232,8 @@ def draw(results: Mapping[str, Any]) -> Figure:
     reporting.tidy(axes)
   for axes in all_axes[len(tasks) :]:
     axes.set_axis_off()
-  all_axes[0].set_ylabel('Test accuracy (%)')
+  metric = tasks[0].get('metric', 'accuracy').replace('_', ' ')
+  all_axes[0].set_ylabel(f'Test {metric} (%)')
   handles: dict[str, Any] = {}
   for axes in all_axes:
     for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import functools
 from pathlib import Path
+from typing import Any
 from typing import NamedTuple
 
 import chex
@@ -58,15 +59,18 @@ class Recipe(NamedTuple):
     rho_scale: What the candidates for rho of all methods are multiplied by.
     batch_size: The number of examples of a step.
     has_normalization: Whether the model has normalization layers.
+    mask: From parameters to which of them are trained; None for all.
   """
 
-  model: nn.Module
+  # Or what has its ``init`` and ``apply``.
+  model: nn.Module | Any
   make_tx: MakeTx
   weight_decay: float
   weight_decays: tuple[float, ...]
   rho_scale: float = 1.0
   batch_size: int = 128
   has_normalization: bool = False
+  mask: Callable[[Any], Any] | None = None
 
 
 class Task(NamedTuple):
@@ -80,6 +84,8 @@ class Task(NamedTuple):
     epochs: The number of epochs, except for a method that takes more.
     label_noise: The fraction of labels that are replaced.
     augment: Whether examples are augmented, if the data set says how.
+    draws: Whether each seed draws its own training examples.
+    metric: What is compared: 'accuracy' or 'balanced_accuracy'.
   """
 
   title: str
@@ -89,6 +95,8 @@ class Task(NamedTuple):
   epochs: int
   label_noise: float = 0.0
   augment: bool = False
+  draws: bool = False
+  metric: str = 'accuracy'
 
 
 VIT = Recipe(

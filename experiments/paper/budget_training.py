@@ -111,6 +111,8 @@ class Trainer:
       *(seeds, task.epochs * method.epochs, task.train_size),
       task.recipe.batch_size,
     )
+    for i, seed in enumerate(seeds):
+      indices[:, i] = drawn(self._dataset, task, seed)[indices[:, i]]
     params = budget_lanes.init_params(
       *(task.recipe.model, self._dataset.preprocess, init_keys),
       self._dataset.train.images[:1],
@@ -132,13 +134,23 @@ class Trainer:
       )
     return Trained(params, seconds)
 
+  def logits(
+    self, task: budget_tasks.Task, trained: Trained, split: data.Split
+  ) -> np.ndarray:
+    """The logits of trained lanes, [lanes, n, classes]."""
+    return budget_lanes.logits(
+      *(task.recipe.model, self._dataset.preprocess),
+      *(trained.params, split.images),
+    )
+
   def _labels(self, task, lanes):
     """The labels of each lane: noisy ones, then those that are not used."""
     labels = np.asarray(self._dataset.train.labels)
     rows = []
     for lane in lanes:
-      noisy = noisy_labels(self._dataset, task, [lane.seed]).train.labels[0]
-      rows.append(np.concatenate([noisy, labels[len(noisy) :]]))
+      noisy = noisy_labels(self._dataset, task, lane.seed).train.labels
+      rows.append(labels.copy())
+      rows[-1][drawn(self._dataset, task, lane.seed)] = noisy
     return jnp.asarray(np.stack(rows), jnp.int32)
 
   def _program(self, task, method, num_lanes):
@@ -206,11 +218,33 @@ def steps_of(
   return per_epoch, num_steps, chunk
 
 
+def drawn(
+  dataset: data.Dataset, task: budget_tasks.Task, seed: int
+) -> np.ndarray:
+  """The indices of the training examples of a seed."""
+  if not task.draws:
+    return np.arange(task.train_size)
+  rng = np.random.default_rng([seed, 1])
+  return rng.choice(len(dataset.train.labels), task.train_size, replace=False)
+
+
 def noisy_labels(
-  dataset: data.Dataset, task: budget_tasks.Task, seeds: Sequence[int]
+  dataset: data.Dataset, task: budget_tasks.Task, seed: int
 ) -> data.Dataset:
-  """The examples of a task, with labels [seeds, n]."""
-  train = data.shrink(dataset.train, task.train_size)
-  return data.add_label_noise(
-    dataset._replace(train=train), task.label_noise, seeds
+  """The examples of a task for a seed, with its labels."""
+  data.shrink(dataset.train, task.train_size)  # Checks the size.
+  indices = drawn(dataset, task, seed)
+  train = jax.tree.map(lambda x: x[indices], dataset.train)
+  noisy = data.add_label_noise(
+    dataset._replace(train=train), task.label_noise, [seed]
+  )
+  return noisy._replace(
+    **{
+      name: split._replace(labels=split.labels[0])
+      for name, split in zip(
+        ('train', 'held_out', 'test'),
+        (noisy.train, noisy.held_out, noisy.test),
+        strict=True,
+      )
+    }
   )

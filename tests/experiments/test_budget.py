@@ -255,6 +255,7 @@ def test_calibration_error():
   assert budget_report.measure(logits, np.array([0, 1])) == pytest.approx(
     {
       'accuracy': 0.5,
+      'balanced_accuracy': 0.5,
       'loss': -(math.log(0.7) + math.log(0.1)) / 2,
       'calibration_error': (0.3 + 0.8) / 2,
     }
