@@ -37,6 +37,13 @@ CONFIG = 'config.json'
 RESULTS = 'results.json'
 
 
+PROGRAM = budget_comparison.Program(
+  'experiments.paper.budget',
+  'Compares accuracy and cost of methods.',
+  *(budget_tasks.TASKS, budget_methods.METHODS),
+)
+
+
 def make_parser(program: budget_comparison.Program) -> cli.Parser:
   """The options."""
   prog = program.name.rsplit('.', 1)[-1]
@@ -191,13 +198,8 @@ def train(
 
 def main(argv: Sequence[str]) -> None:
   """Trains what is not in ``--out`` yet, and prints the tables."""
-  program = budget_comparison.Program(
-    'experiments.paper.budget',
-    'Compares accuracy and cost of methods.',
-    *(budget_tasks.TASKS, budget_methods.METHODS),
-  )
-  parser = make_parser(program)
-  compare(program, parser, argv, parser.parse_args(argv))
+  parser = make_parser(PROGRAM)
+  compare(PROGRAM, parser, argv, parser.parse_args(argv))
 
 
 def compare(

@@ -86,7 +86,7 @@ def summarize(method: Mapping[str, Any]) -> dict[str, Any]:
     ],
     # With fewer than three of a value, every one is at an edge.
     'at_edge': len(rhos) > 2 and values[0] in (rhos[0], rhos[-1]),
-    'seconds_per_step': float(np.median([x['seconds_per_step'] for x in runs])),
+    'seconds_per_step': _median([x['seconds_per_step'] for x in runs]),
     **{
       name: reporting.summarize([run[name] for run in runs])
       for name in QUANTITIES
@@ -120,6 +120,12 @@ def finished(task: Mapping[str, Any]) -> dict[str, Any]:
     for name, method in task['methods'].items()
     if 'summary' in method
   }
+
+
+def _median(seconds: Sequence[float | None]) -> float | None:
+  """The median, unless the machine was shared, so that times were left out."""
+  known = [x for x in seconds if x is not None]
+  return float(np.median(known)) if known else None
 
 
 def _interval(per_seed: Any, factor: float, decimals: int, sign: str = ''):
@@ -160,9 +166,10 @@ def table(task: Mapping[str, Any]) -> str:
       )
       own, others = accuracies
       difference = _interval(own - others, 100, 2, '+')
-    if base:
-      seconds = summary['seconds_per_step'] * method['epochs']
-      time = f'{seconds / base["summary"]["seconds_per_step"]:.2f}'
+    seconds = summary['seconds_per_step']
+    if base and seconds and base['summary']['seconds_per_step']:
+      ratio = seconds / base['summary']['seconds_per_step']
+      time = f'{ratio * method["epochs"]:.2f}'
     rows.append(
       [
         method['title'],
@@ -170,8 +177,8 @@ def table(task: Mapping[str, Any]) -> str:
         f'{cost(method):g}',
         time,
         *(
-          _interval(summary[name]['per_seed'], *how)
-          for name, (_, *how) in shown.items()
+          _interval(summary[name]['per_seed'], factor, decimals)
+          for name, (_, factor, decimals) in shown.items()
         ),
         difference,
       ]

@@ -8,6 +8,7 @@ import numpy as np
 
 from experiments import config
 from experiments.paper import budget
+from experiments.paper import budget_report
 from experiments.paper import correlation
 from experiments.paper import imagenet
 from experiments.paper import tables
@@ -43,6 +44,7 @@ def test_tables():
     'trajectories': trajectories.table(TRAJECTORIES),
     **correlation.tables(CORRELATION),
     **tables.tables(RUNS),
+    **budget_report.tables(read('budget')),
     'translation, paper': translation_tables.published_table(),
     **{
       k: v for x in TRANSLATION for k, v in translation_tables.make(x).items()
@@ -116,7 +118,7 @@ def test_commands():
     ['bash', '-euc', stubs + script], capture_output=True, text=True, check=True
   ).stdout.splitlines()
   parsers = {
-    'experiments.paper.budget': budget.make_parser(),
+    'experiments.paper.budget': budget.make_parser(budget.PROGRAM),
     'experiments.paper.imagenet': imagenet.make_parser(),
     'experiments.paper.translation': translation.make_parser(),
     'experiments.paper.translation_tables': translation_tables.make_parser(),
