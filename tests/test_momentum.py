@@ -330,6 +330,21 @@ def test_non_finite_gradients(value):
   assert np.isfinite(updates['kernel']).all()
 
 
+@pytest.mark.parametrize('value', [0.0, 1e-30, 1e30])
+@pytest.mark.parametrize('ord', [2, 3])
+def test_no_direction(value, ord):
+  """Where the norm of the momentum has none, w takes the step of the base."""
+  params = make_params()
+  grads = jax.tree.map(lambda w: jnp.full_like(w, value), params)
+  tx = momentum_asam(optax.sgd(1e-30, momentum=0.9), 0.5, ord=ord)
+  updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+  is_lost = value == 0 or ord == 2  # p = 3 divides by the largest first.
+  assert any(e.any() for e in jax.tree.leaves(state.perturbation)) != is_lost
+  looped = optax.apply_updates(params, updates)
+  expected = jax.tree.map(lambda w: w - np.float32(1e-30) * value, params)
+  assert error(eval_params(state, looped), expected) < 1e-6
+
+
 STATIC_ARGS = ('base_tx', 'adaptive', 'ord', 'mask')
 AROUND = {
   'chain': lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
