@@ -37,11 +37,13 @@ CONFIG = 'config.json'
 RESULTS = 'results.json'
 
 
-PROGRAM = budget_comparison.Program(
-  'experiments.paper.budget',
-  'Compares accuracy and cost of methods.',
-  *(budget_tasks.TASKS, budget_methods.METHODS),
-)
+def make_program() -> budget_comparison.Program:
+  """The comparison of all tasks and methods."""
+  return budget_comparison.Program(
+    'experiments.paper.budget',
+    'Compares accuracy and cost of methods.',
+    *(budget_tasks.TASKS, budget_methods.METHODS),
+  )
 
 
 def make_parser(program: budget_comparison.Program) -> cli.Parser:
@@ -198,8 +200,9 @@ def train(
 
 def main(argv: Sequence[str]) -> None:
   """Trains what is not in ``--out`` yet, and prints the tables."""
-  parser = make_parser(PROGRAM)
-  compare(PROGRAM, parser, argv, parser.parse_args(argv))
+  program = make_program()
+  parser = make_parser(program)
+  compare(program, parser, argv, parser.parse_args(argv))
 
 
 def compare(

@@ -118,7 +118,7 @@ def test_commands():
     ['bash', '-euc', stubs + script], capture_output=True, text=True, check=True
   ).stdout.splitlines()
   parsers = {
-    'experiments.paper.budget': budget.make_parser(budget.PROGRAM),
+    'experiments.paper.budget': budget.make_parser(budget.make_program()),
     'experiments.paper.imagenet': imagenet.make_parser(),
     'experiments.paper.translation': translation.make_parser(),
     'experiments.paper.translation_tables': translation_tables.make_parser(),
