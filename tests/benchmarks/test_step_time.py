@@ -118,6 +118,7 @@ def test_failures_are_reported(capsys, monkeypatch):
   assert 'tiny, asam: ValueError: broken' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [*models.MODULES])
 def test_twins(name):
   """A model and its NNX twin have the same parameters."""

@@ -286,6 +286,7 @@ def images_and_labels():
   return images, jnp.arange(8)
 
 
+@pytest.mark.slow
 def test_flax_linen():
   """Gradient, loss and statistics are those of two passes by hand."""
   network = train_linen.Network()

@@ -124,7 +124,14 @@ def train_by_hand(method, seed, rho):
 
 
 @pytest.mark.parametrize(
-  'method', ['asam', 'quarter', 'every_5', 'late_20', 'momentum_asam']
+  'method',
+  [
+    'momentum_asam',
+    *[
+      pytest.param(name, marks=pytest.mark.slow)
+      for name in ('asam', 'quarter', 'every_5', 'late_20')
+    ],
+  ],
 )
 def test_lanes(method):
   """Lanes, on their own or together, are runs of a loop in Python."""

@@ -254,6 +254,7 @@ def test_embeddings(model_dir):
   assert error(logits, by_hand) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['asam', 'momentum_asam'])
 def test_lora(model_dir, name):
   """Steps are those on the updates and the head, without other parameters."""

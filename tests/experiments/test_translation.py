@@ -611,6 +611,7 @@ def test_floors_stop_it():
     check([adam], make_measured(60.0))
 
 
+@pytest.mark.slow
 def test_libreoffice(tmp_path, monkeypatch, capsys):
   """It stops in the middle of an epoch, goes on, searches, or gives up."""
   tree = write_tree(tmp_path / 'tree', make_help())
