@@ -156,7 +156,7 @@ def momentum_asam(
     else:
       average = m = _trees.finite_ema(momentum, state.momentum, updates)
 
-    w = _applied(_without(perturbation, params), base_updates)
+    w = _applied(_without(perturbation, params), _unfused(base_updates))
 
     def pull(w, m):
       coordinates = _geometry.coordinates(w, normalization, mask)
@@ -284,6 +284,17 @@ def _applied(params: optax.Params, updates: optax.Updates) -> optax.Params:
   """What ``optax.apply_updates`` returns, in at least float32."""
   params = _rounded(optax.apply_updates(params, updates))
   return jax.tree.map(_trees.widen, params)
+
+
+def _unfused(updates: optax.Updates) -> optax.Updates:
+  """``updates`` with 0.0 for -0.0, which are not fused into a sum.
+
+  With a fused multiply-add in one sum but not in another, w would differ by a
+  rounding from the parameters, without a perturbation.
+  """
+  return jax.tree.map(
+    lambda u: jnp.where(u == 0, jnp.zeros_like(u), u), updates
+  )
 
 
 def _rounded(tree: Any) -> Any:

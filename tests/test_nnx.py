@@ -143,8 +143,8 @@ def test_ascent_fun(network, x, argnums):
     )
     params = nnx.state(network, nnx.Param)
     result = sharpness_aware(argnums, ascent_fun)(network, batch)
-    assert error(result, expected) < 1e-6
-    assert error(variables(network), variables(expected_network)) < 1e-6
+    assert error(result, expected) < 3e-6
+    assert error(variables(network), variables(expected_network)) < 3e-6
     assert_same_bits(nnx.state(network, nnx.Param), params)
   other_network = nnx.clone(network)
   (_, y), grads = sharpness_aware(argnums, ascent_fun)(network, x[2])
