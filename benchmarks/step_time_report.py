@@ -94,10 +94,12 @@ def tables(name: str, results: Mapping[str, Any]) -> str:
 
 def page(text: str, recorded: Mapping[str, Mapping[str, Any]]) -> str:
   """A page with its tables made again between the markers."""
-  made = ''.join(f'{tables(*item)}\n\n' for item in recorded.items())
-  if made:
+  made = 'Nothing is recorded yet: run `make bench`.\n\n'
+  if recorded:
     picture = f'results/{CHART.name}'
-    made = f'![Step times of each method by model]({picture})\n\n{made}'
+    parts = [f'{tables(*item)}\n\n' for item in recorded.items()]
+    made = f'![Step times of each method by model]({picture})\n\n'
+    made += ''.join(parts)
   return re.sub(
     '(<!-- step_time -->\n\n).*?(<!-- end -->)',
     lambda found: found[1] + made + found[2],

@@ -143,12 +143,11 @@ def momentum_asam(
 
   def update_fn(updates, state, params=None, **extra_args):
     params = _checks.checked_params(params, updates)
-    perturbation = state.perturbation
+    clean_params = jax.tree.map(
+      _clean, state.perturbation, params, is_leaf=_checks.is_masked
+    )
     base_updates, base_state = base_tx.update(
-      updates,
-      state.base_state,
-      _without(perturbation, params),
-      **extra_args,
+      updates, state.base_state, clean_params, **extra_args
     )
     base_updates = _rounded(base_updates)
     if momentum is None:
@@ -156,7 +155,7 @@ def momentum_asam(
     else:
       average = m = _trees.finite_ema(momentum, state.momentum, updates)
 
-    w = _applied(_without(perturbation, params), _unfused(base_updates))
+    w = _applied(clean_params, _unfused(base_updates))
 
     def pull(w, m):
       coordinates = _geometry.coordinates(w, normalization, mask)
@@ -180,7 +179,7 @@ def momentum_asam(
         else (jnp.asarray(u, e.dtype) - (old + e)).astype(_checks.dtype_of(u))
       ),
       eps,
-      perturbation,
+      state.perturbation,
       base_updates,
       is_leaf=_checks.is_masked,
     )
@@ -275,11 +274,6 @@ def _clean(e: Any, w: Any) -> Any:
   return (jnp.asarray(w, e.dtype) - e).astype(_checks.dtype_of(w))
 
 
-def _without(perturbation: optax.Updates, params: optax.Params) -> optax.Params:
-  """The clean parameters, in the dtypes of ``params``."""
-  return jax.tree.map(_clean, perturbation, params, is_leaf=_checks.is_masked)
-
-
 def _applied(params: optax.Params, updates: optax.Updates) -> optax.Params:
   """What ``optax.apply_updates`` returns, in at least float32."""
   params = _rounded(optax.apply_updates(params, updates))
@@ -300,11 +294,13 @@ def _unfused(updates: optax.Updates) -> optax.Updates:
 def _rounded(tree: Any) -> Any:
   """``tree``, whose leaves hold numbers of their dtypes in compiled code, too.
 
-  XLA may drop a cast to 16 bits and back, or fuse a product into a sum.
+  XLA may drop a cast to 16 bits and back.
   """
 
   def leaf(x):
     x, dtype = _trees.widen(x), _checks.dtype_of(x)
+    if x.dtype == dtype:
+      return x
     narrow = jnp.finfo(dtype)
     rounded = jax.lax.reduce_precision(x, narrow.nexp, narrow.nmant)
     if narrow.nexp < jnp.finfo(x.dtype).nexp:

@@ -10,6 +10,7 @@ from optax_asam import asam
 from optax_asam import ascent
 from optax_asam import descent
 from optax_asam import sharpness_aware
+from tests.helpers import reference
 from tests.helpers.support import assert_same_bits
 
 CURVATURE = np.array([0.5, 1.5, 2.0, 0.1])
@@ -27,30 +28,17 @@ def reference_grad(w):
   return CURVATURE * w + w**3 + w.sum() / 5
 
 
-def sgd_by_hand(w, state, g, step):
-  """SGD with momentum."""
-  state['m'] = g + 0.9 * state.get('m', 0)
-  return w - 0.01 * state['m']
-
-
-def adam_by_hand(w, state, g, step):
-  """Adam."""
-  state['m'] = 0.9 * state.get('m', 0) + 0.1 * g
-  state['v'] = 0.999 * state.get('v', 0) + 0.001 * g**2
-  m, v = state['m'] / (1 - 0.9**step), state['v'] / (1 - 0.999**step)
-  return w - 0.01 * m / (np.sqrt(v) + 1e-8)
-
-
 def reference_run(base, w, steps, descend, sigma=0.0):
   """A base with ``descend(g, h)``, and F-SAM with ``sigma`` > 0."""
-  state, average = {}, np.zeros(4)
-  for step in range(1, steps + 1):
+  state, average = None, np.zeros(4)
+  for step in range(steps):
     g = reference_grad(w)
     t = np.append(np.abs(w[:3]) + 0.01, 1.0)
     d = g - sigma * average
     average = 0.9 * average + 0.1 * g
     h = reference_grad(w + 0.1 * t * t * d / np.sqrt(((t * d) ** 2).sum()))
-    w = base(w, state, descend(g, h), step)
+    update, state = base(descend(g, h), state, step)
+    w = w + update
   return w
 
 
@@ -60,8 +48,8 @@ def gsam_by_hand(g, h, alpha=0.3):
 
 
 BASES = {
-  'sgd': (optax.sgd(0.01, momentum=0.9), sgd_by_hand, 1e-10),
-  'adam': (optax.adam(0.01), adam_by_hand, 1e-8),
+  'sgd': (optax.sgd(0.01, momentum=0.9), reference.sgd, 1e-10),
+  'adam': (optax.adam(0.01), reference.adam, 1e-8),
 }
 F_SAM = optax.chain(ascent.friendly(0.7), ascent.rho_ball(0.1, 0.01, True))
 CASES = {

@@ -30,21 +30,6 @@ def params():
   }
 
 
-def momentum_by_hand(g, state, step):
-  """SGD with momentum."""
-  del step
-  state = g + 0.9 * (0 if state is None else state)
-  return -0.01 * state, state
-
-
-def adam_by_hand(g, state, step):
-  """Adam."""
-  m, v = (0, 0) if state is None else state
-  m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
-  m_hat, v_hat = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.999 ** (step + 1))
-  return -0.01 * m_hat / (np.sqrt(v_hat) + 1e-8), (m, v)
-
-
 def run_by_hand(params, steps, base, rho, p, operator, normalized, perturbed):
   """LookSAM in NumPy; of vectors, where all leaves count alike."""
   vector = lambda tree: np.concatenate([tree['bias'], tree['kernel'].ravel()])
@@ -68,7 +53,7 @@ def run_by_hand(params, steps, base, rho, p, operator, normalized, perturbed):
 
 
 ELEMENTWISE = reference.elementwise(0.01)
-MOMENTUM = optax.sgd(0.01, momentum=0.9), momentum_by_hand
+MOMENTUM = optax.sgd(0.01, momentum=0.9), reference.sgd
 # Each differs from the first in these arguments of `looksam` and by hand.
 CASES = {
   'asam': ({}, {}),
@@ -95,7 +80,7 @@ def test_reference(x64, params, name):
   options, by_hand = CASES[name]
   base_tx, base = MOMENTUM
   if name == 'adam':
-    base_tx, base = optax.adam(0.01), adam_by_hand
+    base_tx, base = optax.adam(0.01), reference.adam
   options = {'rho': RHO, 'every_k': EVERY_K, 'alpha': ALPHA} | options
   (got, _), _ = run(looksam(base_tx, **options), params, 100)
   rho = options['rho']

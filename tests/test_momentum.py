@@ -45,30 +45,22 @@ def train(tx, params, steps, grad_fn=None):
   return jax.jit(lambda c: jax.lax.scan(step, c, length=steps)[0])(carry)
 
 
-def sgd_by_hand(w, state, g):
-  """SGD with momentum, and its buffer."""
-  m = {k: g[k] + 0.9 * state.get(k, 0) for k in w}
-  return {k: w[k] - 0.01 * m[k] for k in w}, m, m
-
-
-def adam_by_hand(w, state, g):
-  """Adam, and its first moment."""
-  t = state.get('t', 0) + 1
-  m = {k: 0.9 * state.get(k, 0) + 0.1 * g[k] for k in w}
-  v = {k: 0.999 * state.get('v' + k, 0) + 0.001 * g[k] ** 2 for k in w}
-  state = {'t': t, **m, **{'v' + k: v[k] for k in w}}
-  step = {
-    k: m[k] / (1 - 0.9**t) / (np.sqrt(v[k] / (1 - 0.999**t)) + 1e-8) for k in w
-  }
-  return {k: w[k] - 0.01 * step[k] for k in w}, m, state
+def nesterov(g, state, step):
+  """An update of SGD with Nesterov momentum, and its state."""
+  _, state = reference.sgd(g, state, step)
+  return -0.01 * (g + 0.9 * state[0]), state
 
 
 def run_by_hand(w, steps, base, rho, p=2, adaptive=True, mask=None, beta=None):
   """The equations of momentum_asam: w + eps, and w."""
-  eps, state, average = {k: 0 * v for k, v in w.items()}, {}, {}
+  eps, average = {k: 0 * v for k, v in w.items()}, {}
+  states = dict.fromkeys(w)
   for step in range(steps):
     g = reference.polynomial_grad({k: w[k] + eps[k] for k in w})
-    w, m, state = base(w, state, g)
+    made = {k: base(g[k], states[k], step) for k in w}
+    w = {k: w[k] + made[k][0] for k in w}
+    states = {k: made[k][1] for k in w}
+    m = {k: states[k][0] for k in w}
     if beta is not None:
       m = average = {k: beta * average.get(k, 0) + (1 - beta) * g[k] for k in w}
     up = reference.perturbation(
@@ -85,25 +77,19 @@ def run_by_hand(w, steps, base, rho, p=2, adaptive=True, mask=None, beta=None):
 
 
 CASES = {
-  'sgd': (SGD, sgd_by_hand, {}),
+  'sgd': (SGD, reference.sgd, {}),
   'nesterov': (
     optax.sgd(0.01, momentum=0.9, nesterov=True),
-    lambda w, state, g: (
-      {
-        k: w[k] - 0.01 * (g[k] + 0.9 * (g[k] + 0.9 * state.get(k, 0)))
-        for k in w
-      },
-      *sgd_by_hand(w, state, g)[1:],
-    ),
+    nesterov,
     {},
   ),
-  'adam': (ADAM, adam_by_hand, {}),
-  'p = inf': (ADAM, adam_by_hand, {'ord': np.inf, 'rho': 0.01}),
-  'p = 3': (SGD, sgd_by_hand, {'ord': 3}),
-  'not adaptive': (SGD, sgd_by_hand, {'adaptive': False}),
-  'mask': (SGD, sgd_by_hand, {'mask': {'kernel': True, 'bias': False}}),
-  'momentum': (ADAM, adam_by_hand, {'momentum': 0.7}),
-  'schedule': (SGD, sgd_by_hand, {'rho': lambda step: 0.01 * (step % 7)}),
+  'adam': (ADAM, reference.adam, {}),
+  'p = inf': (ADAM, reference.adam, {'ord': np.inf, 'rho': 0.01}),
+  'p = 3': (SGD, reference.sgd, {'ord': 3}),
+  'not adaptive': (SGD, reference.sgd, {'adaptive': False}),
+  'mask': (SGD, reference.sgd, {'mask': {'kernel': True, 'bias': False}}),
+  'momentum': (ADAM, reference.adam, {'momentum': 0.7}),
+  'schedule': (SGD, reference.sgd, {'rho': lambda step: 0.01 * (step % 7)}),
 }
 
 
@@ -127,7 +113,7 @@ def test_reference(x64, name):
     mask and {k for k in mask if mask[k]},
     options.get('momentum'),
   )
-  tolerance = 1e-10 if base is not adam_by_hand else 1e-8
+  tolerance = 1e-10 if base is not reference.adam else 1e-8
   assert error(got[0], expected) < tolerance
   assert error(eval_params(got[1], got[0]), clean) < tolerance
   masked = jax.tree.leaves(

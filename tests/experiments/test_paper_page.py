@@ -10,6 +10,7 @@ from experiments import config
 from experiments.paper import budget
 from experiments.paper import budget_report
 from experiments.paper import correlation
+from experiments.paper import fine_tuning
 from experiments.paper import imagenet
 from experiments.paper import tables
 from experiments.paper import trajectories
@@ -119,6 +120,7 @@ def test_commands():
   ).stdout.splitlines()
   parsers = {
     'experiments.paper.budget': budget.make_parser(budget.make_program()),
+    'experiments.paper.fine_tuning': fine_tuning.make_parser(),
     'experiments.paper.imagenet': imagenet.make_parser(),
     'experiments.paper.translation': translation.make_parser(),
     'experiments.paper.translation_tables': translation_tables.make_parser(),

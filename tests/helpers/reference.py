@@ -108,6 +108,28 @@ def squared_error_grad(params, batch):
   }
 
 
+def sgd(g, state, step):
+  """An update of SGD(0.01, momentum=0.9), and its state, with the momentum.
+
+  Args:
+    g: the gradient, an array.
+    state: None before the first step.
+    step: the number of steps before.
+  """
+  del step
+  (m,) = (0.0,) if state is None else state
+  m = g + 0.9 * m
+  return -0.01 * m, (m,)
+
+
+def adam(g, state, step):
+  """An update of Adam(0.01), and its moments."""
+  m, v = (0.0, 0.0) if state is None else state
+  m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+  m_hat, v_hat = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.999 ** (step + 1))
+  return -0.01 * m_hat / (np.sqrt(v_hat) + 1e-8), (m, v)
+
+
 CURVATURE = {'kernel': 0.7, 'bias': 1.3}
 
 
