@@ -82,7 +82,6 @@ def summarize(method: Mapping[str, Any]) -> dict[str, Any]:
     ],
     # With fewer than three of a value, every one is at an edge.
     'at_edge': len(rhos) > 2 and values[0] in (rhos[0], rhos[-1]),
-    'seconds_per_step': _median([x['seconds_per_step'] for x in runs]),
     **{
       name: reporting.summarize([run[name] for run in runs])
       for name in QUANTITIES
@@ -118,12 +117,6 @@ def finished(task: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-def _median(seconds: Sequence[float | None]) -> float | None:
-  """The median, unless the machine was shared, so that times were left out."""
-  known = [x for x in seconds if x is not None]
-  return float(np.median(known)) if known else None
-
-
 def _interval(per_seed: Any, factor: float, decimals: int, sign: str = ''):
   mean, half_width = reporting.t_interval(factor * np.asarray(per_seed))
   text = f'{mean:{sign}.{decimals}f}'
@@ -135,9 +128,8 @@ def line(
 ) -> str:
   """A method that has just finished."""
   summary = method['summary']
-  seconds = summary['seconds_per_step']
   accuracy = reporting.format_accuracy(summary[f'test_{metric}']['per_seed'])
-  parts = accuracy, parameters(method), f'{1000 * seconds:.3f} ms a step'
+  parts = accuracy, parameters(method)
   return f'{task_name}, {method["title"]}: {"; ".join(filter(None, parts))}'
 
 
@@ -154,7 +146,7 @@ def table(task: Mapping[str, Any]) -> str:
   rows = []
   for method in methods.values():
     summary = method['summary']
-    difference = time = ''
+    difference = ''
     if base and method is not base:
       accuracies = (
         np.asarray(x['summary'][f'test_{metric}']['per_seed'])
@@ -162,16 +154,11 @@ def table(task: Mapping[str, Any]) -> str:
       )
       own, others = accuracies
       difference = _interval(own - others, 100, 2, '+')
-    seconds = summary['seconds_per_step']
-    if base and seconds and base['summary']['seconds_per_step']:
-      ratio = seconds / base['summary']['seconds_per_step']
-      time = f'{ratio * method["epochs"]:.2f}'
     rows.append(
       [
         method['title'],
         parameters(method),
         f'{cost(method):g}',
-        time,
         *(
           _interval(summary[name]['per_seed'], factor, decimals)
           for name, (_, factor, decimals) in shown.items()
@@ -181,7 +168,7 @@ def table(task: Mapping[str, Any]) -> str:
     )
   return reporting.markdown(
     [
-      *(task['title'], 'chosen', 'gradients', 'time'),
+      *(task['title'], 'chosen', 'gradients'),
       *(title for title, *_ in shown.values()),
       f'{metric.replace("_", " ")} minus base',
     ],
