@@ -9,6 +9,7 @@ import numpy as np
 
 from experiments import data
 from experiments.report import reporting
+from optax_asam import plotting
 
 NUM_BINS = 15
 # What is reported of the test set, and how: title, factor, decimals.
@@ -236,7 +237,7 @@ def draw(results: Mapping[str, Any]) -> Figure:
         label=method['title'],
       )
     axes.set(title=task['title'], xlabel='Gradients (multiple of the base)')
-    reporting.tidy(axes)
+    plotting.tidy(axes)
   for axes in all_axes[len(tasks) :]:
     axes.set_axis_off()
   metric = tasks[0].get('metric', 'accuracy').replace('_', ' ')
