@@ -118,12 +118,10 @@ def loss_contours(
     >>> print(contours.levels)
     [0. 1. 2. 3.]
   """
-  return ax.contourf(
-    *(np.asarray(t1), np.asarray(t2), np.asarray(losses).T),
-    levels=levels if isinstance(levels, int) else np.asarray(levels),
-    cmap=cmap,
-    extend='max',
-  )
+  t1, t2, losses = np.asarray(t1), np.asarray(t2), np.asarray(losses)
+  if not isinstance(levels, int):
+    levels = np.asarray(levels)
+  return ax.contourf(t1, t2, losses.T, levels=levels, cmap=cmap, extend='max')
 
 
 def tidy(*axes: 'Axes') -> None:
