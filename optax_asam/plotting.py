@@ -119,8 +119,6 @@ def loss_contours(
     [0. 1. 2. 3.]
   """
   t1, t2, losses = np.asarray(t1), np.asarray(t2), np.asarray(losses)
-  if not isinstance(levels, int):
-    levels = np.asarray(levels)
   return ax.contourf(t1, t2, losses.T, levels=levels, cmap=cmap, extend='max')
 
 

@@ -70,6 +70,12 @@ def test_contours(ax):
     assert on_level.any()
 
 
+def test_number_of_levels(ax):
+  """By default, Matplotlib chooses about 16 round levels."""
+  contours = plotting.loss_contours(ax, T, T, T[:, None] + T[None, :])
+  assert 12 <= len(contours.levels) <= 20
+
+
 def test_contours_above_the_last_level(ax):
   """They have the last color, rather than none."""
   losses = T[:, None] + T[None, :]
