@@ -2,9 +2,10 @@ PYTHON ?= python3
 INTERPRETER = $(PYTHON)
 PYTEST = -m pytest -n 2 --dist loadfile --junitxml out/tests/$@.xml
 LIBRARY = tests/test_*.py optax_asam
+MATHJAX = .venv/mathjax/node_modules/mathjax/es5/tex-svg-full.js
 
 .PHONY: demo bench test test-all test-oldest test-newest test-tpu \
-  test-trainers test-dist dist docs lint clean
+  test-trainers test-dist test-site dist docs lint clean
 
 # Train on real data: SGD, SAM and ASAM on digits with label noise.
 demo: .venv/demo/.installed
@@ -60,15 +61,33 @@ dist: .venv/dist/.installed
 test-dist: dist
 	$(PYTHON) .ci/check_dist dist/*
 
-# The site, in docs/_build; warnings are errors.
-docs: .venv/docs/.installed
-	.venv/docs/bin/sphinx-build -W --keep-going -q docs docs/_build
+# The site, in docs/_build; warnings are errors. The notebooks are executed, unless
+# their code and outputs are in out/docs.
+docs: .venv/docs/.installed $(MATHJAX)
+	rm -rf docs/_build docs/api/generated
+	.venv/docs/bin/sphinx-build -W --keep-going -q -d out/docs/doctrees \
+	  docs docs/_build
+	@echo 'Open docs/_build/index.html'
+
+# Each page of the site in a browser, after make docs.
+test-site: .venv/site/.installed
+	CHROMIUM=$$(.ci/chromium) && export CHROMIUM && \
+	  .venv/site/bin/python $(PYTEST) --dist load \
+	  --confcutdir tests/site tests/site
+
+$(MATHJAX):
+	@command -v npm > /dev/null || \
+	  { echo 'make docs needs npm, for MathJax: install Node.js.' >&2; exit 1; }
+	mkdir -p .venv/mathjax
+	npm install --prefix .venv/mathjax --no-save --no-package-lock \
+	  --ignore-scripts --no-audit --no-fund --silent mathjax@3.2.2
 
 .venv/demo/.installed: EXTRA = examples
 .venv/test/.installed: EXTRA = test
 .venv/tpu/.installed: EXTRA = test,tpu
 .venv/trainers/.installed: EXTRA = trainers
 .venv/docs/.installed: EXTRA = docs
+.venv/site/.installed: EXTRA = site
 .venv/oldest/.installed: EXTRA = test
 .venv/oldest/.installed: CONSTRAINTS = --constraint .venv/oldest.txt
 .venv/oldest/.installed: .venv/oldest.txt

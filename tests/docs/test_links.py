@@ -31,4 +31,4 @@ def test_page(path):
       assert anchor in pages.anchors(linked.read_text()), f'{target}#{anchor}'
   assert not re.search(r'\{[a-z:]+\}`', page), 'a role of Sphinx'
   directives = set(re.findall(r'^```+\{(.*?)\}', page, re.MULTILINE))
-  assert directives <= {'toctree', 'eval-rst'}
+  assert directives <= {'toctree', 'eval-rst', 'include'}
