@@ -4,6 +4,7 @@ A page's blocks run in order in one namespace, next to what the page says is
 given. Numbers are compared with recorded results or with what they describe.
 """
 
+import functools
 import inspect
 import json
 import re
@@ -91,7 +92,7 @@ def make_step(tx, loss_fn=loss_fn):
   """A jitted step of ``tx`` with ``grad_fn``."""
 
   @jax.jit
-  def step(params, state, batch=BATCH):
+  def step(params, state, batch):
     grad_fn = lambda params: jax.grad(loss_fn)(params, batch)
     updates, state = tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
     return optax.apply_updates(params, updates), state
@@ -342,15 +343,16 @@ def test_fine_tuning():
   """What is frozen stays, is not perturbed, and costs nothing."""
   page = run_page('fine_tuning', **given())
   params, tx = make_params(), next(page)['tx']
-  updated, _ = make_step(tx)(params, tx.init(params))
+  updated, _ = make_step(tx)(params, tx.init(params), BATCH)
   assert error(updated['backbone'], params['backbone']) > 0
 
   def head_loss_fn(head, batch):
     return loss_fn({'backbone': params['backbone'], 'head': head}, batch)
 
   def run(tx, loss_fn, params):
-    step = make_step(tx, loss_fn).lower(params, tx.init(params)).compile()
-    updated, _ = step(params, tx.init(params))
+    args = params, tx.init(params), BATCH
+    step = make_step(tx, loss_fn).lower(*args).compile()
+    updated, _ = step(*args)
     return updated, step.cost_analysis()['flops']
 
   updated, cost = run(next(page)['tx'], loss_fn, params)
@@ -367,6 +369,15 @@ def test_fine_tuning():
     names['train_step'](network, names['optimizer'], *BATCH) for _ in range(3)
   ]
   assert losses[-1] < names['loss']
+  graphdef, lora, rest = nnx.split(network, nnx.LoRAParam, ...)
+  merged_loss = lambda lora: names['network_loss_fn'](
+    nnx.merge(graphdef, lora, rest), *BATCH
+  )
+  seen = []
+  recorder = types.SimpleNamespace(update=lambda _, grads: seen.append(grads))
+  names['train_step'].__wrapped__(network, recorder, *BATCH)
+  expected = optax_asam.grad(merged_loss, rho=0.5)(nnx.as_pure(lora))
+  assert error(nnx.as_pure(seen[0]), expected) < 1e-5
   before = dict(nnx.to_flat_state(before))
   for path, variable in nnx.to_flat_state(nnx.state(network)):
     is_changed = bool((variable[...] != before[path][...]).any())
@@ -449,7 +460,7 @@ def test_checkpoints(tmp_path):
   names = next(page)
   tx, state = names['tx'], names['opt_state']
   assert jax.tree.structure(state) == jax.tree.structure(tx.init(params))
-  step = make_step(tx)
+  step = functools.partial(make_step(tx), batch=BATCH)
   assert_same_bits(step(params, state), step(params, tx.init(params)))
   schedule = optax.linear_schedule(0.5, 0.1, 10)
   for options in (
