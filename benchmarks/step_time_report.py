@@ -13,6 +13,7 @@ from benchmarks import records
 
 ROOT = Path(__file__).parent
 PAGE, CHART = ROOT / 'README.md', ROOT / 'results' / 'step_time.png'
+FIRST_PAGE = ROOT.parent / 'README.md'
 # Dark enough on white, and safe for the color-blind (Okabe and Ito).
 GRAY, BLUE, ORANGE, GREEN = '#555555', '#0072b2', '#d55e00', '#009e73'
 # Steps with less than two gradients.
@@ -31,6 +32,19 @@ COSTS = (
   'temp_bytes',
   'bytes_accessed',
 )
+
+# Of the table on the first page: titles and gradients per step.
+SUMMARY = {
+  'contrib_sam': ('`optax.contrib.sam`', 2),
+  'asam': ('`asam`', 2),
+  'value_and_grad': ('`value_and_grad`', 2),
+  'quarter_batch_ascent': ('`value_and_grad`, ascent on a quarter', 1.25),
+  'every_5': ('`asam` on every fifth step', 1.2),
+  'momentum_asam': ('`momentum_asam`', 1),
+  'torch_asam_authors': ("PyTorch, the authors' algorithm", 2),
+  'torch_asam': ('PyTorch, `pytorch_optimizer.SAM`', 2),
+}
+SUMMARY_MODELS = 'ResNet-20', 'ViT-S/16', 'LM'
 
 
 def load() -> dict[str, dict[str, Any]]:
@@ -78,6 +92,28 @@ def cost_table(results: Mapping[str, Any], other: str = 'inlined_asam') -> str:
   return records.markdown([header, *body], text_columns=1)
 
 
+def summary(results: Mapping[str, Any]) -> str:
+  """Time and temporaries over the base, of the methods of the first page."""
+  rows, recorded, _ = _by_key(results)
+  models = [model for model in SUMMARY_MODELS if model in recorded]
+  header = ['', 'gradients', *(f'time, {model}' for model in models)]
+  header += [f'memory, {model}' for model in models]
+  body = []
+  for method, (title, gradients) in SUMMARY.items():
+    found = [rows.get((model, method)) for model in models]
+    if not any(found):
+      continue
+    times = [f'{row["step_over_base"]:.2f}' if row else '' for row in found]
+    memory = [
+      f'{row["temp_bytes"] / rows[model, "base"]["temp_bytes"]:.2f}'
+      if row and row['temp_bytes']
+      else ''
+      for model, row in zip(models, found, strict=True)
+    ]
+    body.append([title, f'{gradients:g}', *times, *memory])
+  return records.markdown([header, *body], text_columns=1)
+
+
 def tables(name: str, results: Mapping[str, Any]) -> str:
   """All tables of one file, with a line on where the numbers are from."""
   versions = ', '.join(
@@ -89,6 +125,17 @@ def tables(name: str, results: Mapping[str, Any]) -> str:
     f'{results["machine"]}; {versions} (`results/{name}.json`). Step time over'
     f' that of the base optimizer:\n\n{time_table(results)}\n\n'
     f'Costs of `asam` over those of `inlined_asam`:\n\n{cost_table(results)}'
+  )
+
+
+def first_page(text: str, recorded: Mapping[str, Mapping[str, Any]]) -> str:
+  """The first page with its table of costs made again."""
+  made = f'{summary(recorded["step_time"])}\n\n'
+  return re.sub(
+    '(<!-- cost -->\n\n).*?(<!-- /cost -->)',
+    lambda found: found[1] + made + found[2],
+    text,
+    flags=re.DOTALL,
   )
 
 
@@ -154,8 +201,10 @@ def main() -> None:
   """Writes the tables and the chart."""
   recorded = load()
   PAGE.write_text(page(PAGE.read_text(), recorded))
+  if 'step_time' in recorded:
+    FIRST_PAGE.write_text(first_page(FIRST_PAGE.read_text(), recorded))
   chart(recorded).savefig(CHART)
-  print(f'Wrote {PAGE} and {CHART}.')
+  print(f'Wrote {PAGE}, {FIRST_PAGE} and {CHART}.')
 
 
 def _by_key(

@@ -1,4 +1,4 @@
-"""Accuracy for the money: what each method costs, and what it buys.
+"""Accuracy and cost: what each method costs, and what it buys.
 
 ::
 

@@ -131,9 +131,9 @@ class Comparison:
     keys = {(run['seed'], *run['values']) for run in done}
     left = [lane for lane in lanes if (lane.seed, *lane.values) not in keys]
     for group in trainer.groups(left) if left else []:
-      trained = trainer.train(task, name, group)
+      params = trainer.train(task, name, group)
       measured = list(
-        zip(group, trainer.logits(task, trained, dataset.held_out), strict=True)
+        zip(group, trainer.logits(task, params, dataset.held_out), strict=True)
       )
       tested = [{}] * len(group)
       if not is_search:
@@ -144,7 +144,7 @@ class Comparison:
               logits, dataset.test.labels
             ).items()
           }
-          for logits in trainer.logits(task, trained, dataset.test)
+          for logits in trainer.logits(task, params, dataset.test)
         ]
       for (lane, logits), test in zip(measured, tested, strict=True):
         if (lane.seed, *lane.values) in keys:
@@ -157,7 +157,6 @@ class Comparison:
             'seed': lane.seed,
             'values': list(lane.values),
             f'held_out_{task.metric}': found[task.metric],
-            'seconds_per_step': trained.seconds_per_step,
             'device': jax.devices()[0].device_kind,
             **test,
           }

@@ -18,13 +18,9 @@ QUANTITIES = {
   'test_loss': ('test loss', 1, 3),
   'test_calibration_error': ('ECE, %', 100, 1),
 }
-# Dark enough on white, for methods at one, about 1.2, and two gradients.
-COLORS = (
-  *('#555555', '#000000', '#8c564b', '#0072b2', '#d55e00', '#009e73'),
-  *('#cc79a7', '#7f3c8d', '#e6a000', '#1b9e77', '#56b4e9', '#3969ac'),
-  *('#666600', '#aa4499'),
-)
-MARKERS = 'osv^DPX<>h*pd8'
+# By the cost of a method, in gradients of the base: no more, less than twice as
+# many, twice as many. Dark enough on white, and safe for the color-blind.
+COLORS = {1.0: '#0072b2', 1.99: '#b35900', 2.0: '#00785a'}
 
 
 def measure(logits: np.ndarray, labels: data.Array) -> dict[str, float]:
@@ -86,7 +82,6 @@ def summarize(method: Mapping[str, Any]) -> dict[str, Any]:
     ],
     # With fewer than three of a value, every one is at an edge.
     'at_edge': len(rhos) > 2 and values[0] in (rhos[0], rhos[-1]),
-    'seconds_per_step': _median([x['seconds_per_step'] for x in runs]),
     **{
       name: reporting.summarize([run[name] for run in runs])
       for name in QUANTITIES
@@ -122,12 +117,6 @@ def finished(task: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-def _median(seconds: Sequence[float | None]) -> float | None:
-  """The median, unless the machine was shared, so that times were left out."""
-  known = [x for x in seconds if x is not None]
-  return float(np.median(known)) if known else None
-
-
 def _interval(per_seed: Any, factor: float, decimals: int, sign: str = ''):
   mean, half_width = reporting.t_interval(factor * np.asarray(per_seed))
   text = f'{mean:{sign}.{decimals}f}'
@@ -139,9 +128,8 @@ def line(
 ) -> str:
   """A method that has just finished."""
   summary = method['summary']
-  seconds = summary['seconds_per_step']
   accuracy = reporting.format_accuracy(summary[f'test_{metric}']['per_seed'])
-  parts = accuracy, parameters(method), f'{1000 * seconds:.3f} ms a step'
+  parts = accuracy, parameters(method)
   return f'{task_name}, {method["title"]}: {"; ".join(filter(None, parts))}'
 
 
@@ -158,7 +146,7 @@ def table(task: Mapping[str, Any]) -> str:
   rows = []
   for method in methods.values():
     summary = method['summary']
-    difference = time = ''
+    difference = ''
     if base and method is not base:
       accuracies = (
         np.asarray(x['summary'][f'test_{metric}']['per_seed'])
@@ -166,16 +154,11 @@ def table(task: Mapping[str, Any]) -> str:
       )
       own, others = accuracies
       difference = _interval(own - others, 100, 2, '+')
-    seconds = summary['seconds_per_step']
-    if base and seconds and base['summary']['seconds_per_step']:
-      ratio = seconds / base['summary']['seconds_per_step']
-      time = f'{ratio * method["epochs"]:.2f}'
     rows.append(
       [
         method['title'],
         parameters(method),
         f'{cost(method):g}',
-        time,
         *(
           _interval(summary[name]['per_seed'], factor, decimals)
           for name, (_, factor, decimals) in shown.items()
@@ -185,7 +168,7 @@ def table(task: Mapping[str, Any]) -> str:
     )
   return reporting.markdown(
     [
-      *(task['title'], 'chosen', 'gradients', 'time'),
+      *(task['title'], 'chosen', 'gradients'),
       *(title for title, *_ in shown.values()),
       f'{metric.replace("_", " ")} minus base',
     ],
@@ -203,53 +186,53 @@ def tables(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def draw(results: Mapping[str, Any]) -> Figure:
-  """Test accuracy against cost, a panel for each task."""
+  """Test accuracies in the order of their cost, a panel for each task."""
   tasks = [task for task in results['tasks'].values() if finished(task)]
+  by_title = {
+    method['title']: cost(method)
+    for task in tasks
+    for method in finished(task).values()
+  }
+  titles = sorted(by_title, key=lambda title: by_title[title])
   columns = min(2, len(tasks))
   rows = -(-len(tasks) // columns)
   figure = Figure(
-    figsize=(4 * columns + 2.6, 3.2 * rows), dpi=150, layout='constrained'
+    figsize=(3.2 * columns + 3.4, rows * (0.24 * len(titles) + 0.9)),
+    dpi=150,
+    layout='constrained',
   )
-  all_axes = np.ravel(figure.subplots(rows, columns, squeeze=False))
-  styles: dict[str, Any] = {}
+  all_axes = np.ravel(
+    figure.subplots(rows, columns, sharey=True, squeeze=False)
+  )
   for axes, task in zip(all_axes, tasks, strict=False):
     metric = task.get('metric', 'accuracy')
-    drawn: dict[float, int] = {}
-    for name, method in finished(task).items():
-      i = list(styles).index(name) if name in styles else len(styles)
-      styles.setdefault(name, method['title'])
-      x = cost(method)
-      # Methods of the same cost next to each other.
-      shift = 0.035 * drawn.get(x, 0)
-      drawn[x] = drawn.get(x, 0) + 1
+    for method in finished(task).values():
       mean, half_width = reporting.t_interval(
         100 * np.asarray(method['summary'][f'test_{metric}']['per_seed'])
       )
-      axes.errorbar(
-        x + shift,
-        mean,
-        half_width,
-        color=COLORS[i % len(COLORS)],
-        marker=MARKERS[i % len(MARKERS)],
-        markersize=5,
-        linestyle='none',
-        label=method['title'],
+      color = next(
+        color for limit, color in COLORS.items() if cost(method) <= limit
       )
-    axes.set(title=task['title'], xlabel='Gradients (multiple of the base)')
+      axes.errorbar(
+        *(mean, titles.index(method['title'])),
+        xerr=half_width,
+        color=color,
+        marker='o',
+        markersize=4,
+      )
+      if method['title'] == 'base':
+        axes.axvline(mean, color='#555555', linestyle=':', linewidth=1)
+    axes.set(title=task['title'], xlabel=f'Test {metric.replace("_", " ")} (%)')
+    axes.title.set_fontsize(10)
     reporting.tidy(axes)
   for axes in all_axes[len(tasks) :]:
     axes.set_axis_off()
-  metric = tasks[0].get('metric', 'accuracy').replace('_', ' ')
-  all_axes[0].set_ylabel(f'Test {metric} (%)')
-  handles: dict[str, Any] = {}
-  for axes in all_axes:
-    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-      handles.setdefault(label, handle)
-  figure.legend(
-    list(handles.values()),
-    list(handles),
-    loc='outside right center',
-    fontsize=7,
-    frameon=False,
+  all_axes[0].set(
+    ylim=(len(titles) - 0.5, -0.5),
+    yticks=range(len(titles)),
+    yticklabels=[
+      f'{title} ({by_title[title]:g} gradient{"s"[: by_title[title] > 1]})'
+      for title in titles
+    ],
   )
   return figure

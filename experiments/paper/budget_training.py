@@ -5,7 +5,6 @@ import concurrent.futures
 import math
 import time
 from typing import Any
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,18 +23,6 @@ CHUNK = 60
 
 class OutOfTime(Exception):  # noqa: N818  (not an error)
   """The time limit has passed; what is unfinished is dropped."""
-
-
-class Trained(NamedTuple):
-  """Trained lanes.
-
-  Attributes:
-    params: The parameters to be evaluated, with a leading axis of lanes.
-    seconds_per_step: The time of a step, divided by the lanes at once.
-  """
-
-  params: Any
-  seconds_per_step: float
 
 
 class Trainer:
@@ -85,8 +72,11 @@ class Trainer:
 
   def train(
     self, task: budget_tasks.Task, name: str, lanes: Sequence[Lane]
-  ) -> Trained:
+  ) -> Any:
     """Trains a group of lanes of a method.
+
+    Returns:
+      The parameters to be evaluated, with a leading axis of lanes.
 
     Raises:
       OutOfTime: The deadline has passed.
@@ -118,29 +108,27 @@ class Trainer:
       self._dataset.train.images[:1],
     )
     carry = jax.block_until_ready((params, init(params, inputs)))
-    start = time.monotonic()
     for first in range(0, num_steps, chunk):
       steps = np.arange(first, first + chunk, dtype=np.int32)
       carry = run(carry, inputs, indices[first : first + chunk], steps)
       jax.block_until_ready(carry)
       if time.monotonic() > self._deadline:
         raise OutOfTime
-    seconds = (time.monotonic() - start) / num_steps / len(lanes)
     params, opt_state = carry
     if method.eval_params:
       axes = budget_lanes.counters_are_shared(opt_state), 0
       params = budget_lanes.map_lanes(method.eval_params, len(lanes), axes, 0)(
         opt_state, params
       )
-    return Trained(params, seconds)
+    return params
 
   def logits(
-    self, task: budget_tasks.Task, trained: Trained, split: data.Split
+    self, task: budget_tasks.Task, params: Any, split: data.Split
   ) -> np.ndarray:
     """The logits of trained lanes, [lanes, n, classes]."""
     return budget_lanes.logits(
       *(task.recipe.model, self._dataset.preprocess),
-      *(trained.params, split.images),
+      *(params, split.images),
     )
 
   def _labels(self, task, lanes):

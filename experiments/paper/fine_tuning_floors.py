@@ -54,15 +54,13 @@ class Trainer(budget_training.Trainer):
     if name not in FLOORS:
       return super().train(task, name, lanes)
     featurize = counts if name == 'bag_of_words' else self._embed
-    return budget_training.Trained(
-      [self._fit(task, lane, featurize) for lane in lanes], 0.0
-    )
+    return [self._fit(task, lane, featurize) for lane in lanes]
 
-  def logits(self, task: budget_tasks.Task, trained: Any, split: Any) -> Any:
+  def logits(self, task: budget_tasks.Task, params: Any, split: Any) -> Any:
     """The logits of trained lanes, or the log-probabilities of a floor."""
-    if not isinstance(trained.params, list):
-      return super().logits(task, trained, split)
-    return np.stack([predict(split) for predict in trained.params])
+    if not isinstance(params, list):
+      return super().logits(task, params, split)
+    return np.stack([predict(split) for predict in params])
 
   def _fit(self, task, lane, featurize):
     """From a split to the log-probabilities of its examples."""

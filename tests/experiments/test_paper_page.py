@@ -11,12 +11,14 @@ from experiments.paper import budget
 from experiments.paper import budget_report
 from experiments.paper import correlation
 from experiments.paper import fine_tuning
+from experiments.paper import gains
 from experiments.paper import imagenet
 from experiments.paper import tables
 from experiments.paper import trajectories
 from experiments.paper import translation
 from experiments.paper import translation_floors
 from experiments.paper import translation_tables
+from tests.helpers import pages
 
 PAGE = (tables.RESULTS.parent / 'README.md').read_text()
 # The tables of the page, by the name in the comment before each.
@@ -54,6 +56,22 @@ def test_tables():
   assert {name: table.rstrip('\n') for name, table in SHOWN.items()} == made
   # One other table: that of old and new commands.
   assert PAGE.count('\n| --- |') == len(made) + 1
+
+
+def test_gains(tmp_path, capsys):
+  """Gains are differences of the accuracies in the other tables."""
+  gains.main(['--out', str(tmp_path)])
+  printed = {
+    row[0]: row[1:] for row in pages.read_rows(capsys.readouterr().out)
+  }
+  accuracies = {row[0]: row[1:] for row in pages.read_rows(SHOWN['noise, CNN'])}
+  sgd, sam, asam = (float(cell.split(' ')[0]) for cell in accuracies['40 %'])
+  base, *cells, momentum = printed['CNN, 10,000 images, 40 % label noise']
+  assert float(base) == sgd
+  found = [float(cell.split(' ')[0]) for cell in cells]
+  np.testing.assert_allclose(found, [sam - sgd, asam - sgd], atol=0.011)
+  assert not momentum
+  assert (tmp_path / 'gains.png').read_bytes().startswith(b'\x89PNG')
 
 
 def facts():
@@ -138,6 +156,9 @@ def test_commands():
     'experiments.compare',
     *(
       f'experiments.paper.{name}'
-      for name in ('comparisons', 'correlation', 'tables', 'trajectories')
+      for name in (
+        *('comparisons', 'correlation', 'gains', 'tables'),
+        'trajectories',
+      )
     ),
   }

@@ -1,0 +1,199 @@
+"""Where SAM and ASAM help: their gains over the base in all recorded settings.
+
+::
+
+    python -m experiments.paper.gains
+
+Reads the recorded comparisons, the study of label noise, and the results of
+``experiments.paper.budget``; trains nothing.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Sequence
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+import numpy as np
+
+from experiments import cli
+from experiments.paper import tables
+from experiments.report import records
+from experiments.report import reporting
+
+METHODS = {
+  'sam': ('SAM', reporting.COLORS['sam'], -0.2),
+  'asam': ('ASAM', reporting.COLORS['asam'], 0.0),
+  'momentum_asam': ('momentum ASAM', '#555555', 0.2),
+}
+MODELS = {
+  'mlp': 'MLP, 60,000 images',
+  'cnn': 'CNN, 10,000 images',
+  'cnn-bn': 'CNN with BatchNorm, 10,000 images',
+}
+
+
+class Setting(NamedTuple):
+  """A data set and a recipe.
+
+  Attributes:
+    title: What it is.
+    noise: The fraction of labels that are replaced.
+    per_seed: Test accuracies by method, in percent; 'base' among them.
+  """
+
+  title: str
+  noise: float
+  per_seed: dict[str, np.ndarray]
+
+  def gain(self, method: str) -> tuple[float, float]:
+    """The mean gain over the base and half its interval, paired by seed."""
+    gains = self.per_seed[method] - self.per_seed['base']
+    mean, half_width = reporting.t_interval(gains)
+    return float(mean), float(half_width)
+
+
+def settings() -> list[Setting]:
+  """Everything recorded, clean labels first."""
+  return sorted(
+    [*_compared(), *_studied(), *_budget()],
+    key=lambda each: (each.noise, each.title),
+  )
+
+
+def _compared() -> Iterator[Setting]:
+  for result in tables.load(tables.RESULTS / 'comparisons').values():
+    methods = result['optimizers']
+    is_plain = result['config']['perturb'] == 'all'
+    if is_plain and {'sgd', 'sam', 'asam'} <= set(methods):
+      yield _setting(MODELS[result['config']['model']], result)
+
+
+def _studied() -> Iterator[Setting]:
+  for result in tables.load_study():
+    config = result['config']
+    title = MODELS[config['model']]
+    epochs, lr = config['epochs'], config['lr']
+    yield _setting(f'{title}, {epochs} epochs, lr {lr:g}', result)
+
+
+def _setting(title, result):
+  noise = result['config']['label_noise']
+  return Setting(
+    _titled(title, noise),
+    noise,
+    {
+      'base' if method == 'sgd' else method: 100
+      * np.asarray(found['test_accuracy']['per_seed'])
+      for method, found in result['optimizers'].items()
+    },
+  )
+
+
+def _budget() -> Iterator[Setting]:
+  path = tables.RESULTS / 'budget' / 'results.json'
+  results = json.loads(path.read_text())
+  num_seeds = len(results['config']['seeds'])
+  for name, task in results['tasks'].items():
+    noise = results['config']['tasks'][name]['label_noise']
+    yield Setting(
+      f'{task["title"]}, {num_seeds} seeds',
+      noise,
+      {
+        method: 100 * np.asarray(found['summary']['test_accuracy']['per_seed'])
+        for method, found in task['methods'].items()
+        if 'summary' in found and method in {'base', *METHODS}
+      },
+    )
+
+
+def _titled(title: str, noise: float) -> str:
+  return f'{title}, {100 * noise:g} % label noise' if noise else title
+
+
+def table(found: Sequence[Setting]) -> str:
+  """The gains in Markdown."""
+
+  def cell(setting, method):
+    if method not in setting.per_seed:
+      return ''
+    mean, half_width = setting.gain(method)
+    return f'{mean:+.2f} ± {half_width:.2f}'
+
+  return reporting.markdown(
+    ['', 'base, %', *(title for title, *_ in METHODS.values())],
+    [
+      [
+        setting.title,
+        f'{setting.per_seed["base"].mean():.2f}',
+        *(cell(setting, method) for method in METHODS),
+      ]
+      for setting in found
+    ],
+  )
+
+
+def draw(found: Sequence[Setting]) -> Figure:
+  """Gains by setting: clean labels above, label noise below."""
+  groups = [
+    [each for each in found if not each.noise],
+    [each for each in found if each.noise],
+  ]
+  figure = Figure(
+    figsize=(8, 0.3 * len(found) + 1.4), dpi=150, layout='constrained'
+  )
+  all_axes = figure.subplots(
+    2, 1, height_ratios=[len(group) + 1 for group in groups]
+  )
+  for axes, group in zip(all_axes, groups, strict=True):
+    for method, (title, color, shift) in METHODS.items():
+      points = [
+        (*each.gain(method), y + shift)
+        for y, each in enumerate(group)
+        if method in each.per_seed
+      ]
+      means, half_widths, ys = np.transpose(points)
+      axes.errorbar(
+        means,
+        ys,
+        xerr=half_widths,
+        color=color,
+        label=title,
+        linestyle='none',
+        marker='o',
+        markersize=3,
+      )
+    axes.axvline(0, color='#555555', linewidth=1)
+    axes.set(
+      yticks=range(len(group)),
+      yticklabels=[each.title for each in group],
+      ylim=(len(group) - 0.5, -0.5),
+    )
+    axes.tick_params(axis='y', labelsize=8)
+    reporting.tidy(axes)
+  # The interval of a seed that failed would hide the others.
+  all_axes[1].set_xlim(-10, 60)
+  all_axes[0].legend(loc='lower left', fontsize=8, frameon=False)
+  all_axes[1].set_xlabel('Test accuracy minus that of the base (points)')
+  return figure
+
+
+def main(argv: Sequence[str]) -> None:
+  """Prints the table and draws the figure."""
+  parser = cli.Parser(
+    prog='gains', description='Gains over the base in all recorded settings.'
+  )
+  parser.add_argument(
+    '--out', type=Path, default=Path('out/gains'), help='for the figure'
+  )
+  args = parser.parse_args(argv)
+  found = settings()
+  print(table(found))
+  args.out.mkdir(parents=True, exist_ok=True)
+  with records.replacing(args.out / 'gains.png') as partial:
+    draw(found).savefig(partial, format='png')
+
+
+if __name__ == '__main__':
+  cli.run(main)
