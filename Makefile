@@ -14,7 +14,7 @@ demo: .venv/demo/.installed
 # PyTorch, pip installs what it takes to be right for the machine: up to 5 GB.
 bench: .venv/demo/.installed .venv/torch/.installed
 	.venv/demo/bin/python -m benchmarks.step_time \
-	  --torch .venv/torch/bin/python --out benchmarks/results
+	  --torch .venv/torch/bin/python --minutes 40 --out benchmarks/results
 	.venv/demo/bin/python -m benchmarks.step_time --report
 
 # What a contributor runs: style, types, doctests, every branch of the library,

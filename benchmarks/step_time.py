@@ -290,7 +290,8 @@ def machine(device: str) -> str:
   if (info := Path('/proc/cpuinfo')).exists():
     found = re.search(r'model name\s*: (.*)', info.read_text())
     name = found[1].strip() if found else name
-  return f'{name}, {len(os.sched_getaffinity(0))} cores'
+  cores = len(os.sched_getaffinity(0))
+  return f'{name}, {cores} core{"s"[: cores > 1]}'
 
 
 def main(argv: Sequence[str]) -> None:

@@ -27,10 +27,9 @@ CHEAP = (
 # What is compared with the programs of others, by the columns of the results.
 COSTS = (
   'step_over_base',
-  'trace_over_base',
-  'compile_over_base',
   'temp_bytes',
   'bytes_accessed',
+  'instructions',
 )
 
 # Of the table on the first page: titles and gradients per step.
@@ -74,7 +73,7 @@ def time_table(results: Mapping[str, Any]) -> str:
 def cost_table(results: Mapping[str, Any], other: str = 'inlined_asam') -> str:
   """Every cost of ``asam`` over that of another method, by model."""
   rows, models, _ = _by_key(results)
-  header = ['model', 'time', 'tracing', 'compiling', 'temporaries', 'bytes']
+  header = ['model', 'time', 'temporaries', 'bytes', 'instructions']
   body = []
   for model in models:
     if not {(model, 'asam'), (model, other)} <= set(rows):
@@ -171,7 +170,12 @@ def chart(recorded: Mapping[str, Mapping[str, Any]]) -> Figure:
   for line, (results, rows, models, methods) in zip(axes, parts, strict=True):
     for i, (panel, model) in enumerate(zip(line, models, strict=False)):
       for y, method in enumerate(methods):
-        if row := rows.get((model, method)):
+        row = rows.get((model, method))
+        if row and row['step_over_base'] > limit:
+          style = {'ha': 'right', 'va': 'center', 'fontsize': 8}
+          text = f'{row["step_over_base"]:.1f} →'
+          panel.text(limit, y, text, color=_color(method), **style)
+        elif row:
           panel.plot(
             [row['step_over_base_low'], row['step_over_base_high']],
             [y, y],

@@ -14,6 +14,8 @@ from tests.helpers.cases import OPTIONS
 from tests.helpers.support import assert_same_bits
 from tests.helpers.support import error
 
+pytestmark = pytest.mark.usefixtures('quickly_compiled')
+
 
 def loss_fn(params, x, *, power=2):
   """A scalar of two parameter trees."""

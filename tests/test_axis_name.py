@@ -25,6 +25,8 @@ from tests.helpers.support import error
 from tests.helpers.support import needs_pcast
 from tests.helpers.support import shard_map
 
+pytestmark = pytest.mark.usefixtures('quickly_compiled')
+
 DEVICES = 8
 # The steps that are compared with one device; rounding grows with them.
 COMPARED = (1, 10)

@@ -13,6 +13,8 @@ from optax_asam import normalization
 from optax_asam import sam
 from optax_asam import sharpness
 
+pytestmark = pytest.mark.usefixtures('quickly_compiled')
+
 SWITCHES = {
   'jax_debug_nans': True,
   'jax_debug_infs': True,

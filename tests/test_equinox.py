@@ -18,6 +18,8 @@ from tests.helpers import reference
 from tests.helpers.cases import OPTIONS
 from tests.helpers.support import error
 
+pytestmark = pytest.mark.usefixtures('quickly_compiled')
+
 
 class Network(eqx.Module):
   """A dense layer, BatchNorm and dropout, and another dense layer."""

@@ -15,6 +15,8 @@ from tests.helpers.support import assert_same_bits
 from tests.helpers.support import error
 from tests.helpers.support import run
 
+pytestmark = pytest.mark.usefixtures('quickly_compiled')
+
 GRAD_FN = jax.grad(polynomial)
 SGD = optax.sgd(0.1)
 RHO, ALPHA, EVERY_K = 0.3, 0.4, 3

@@ -19,6 +19,8 @@ from tests.helpers.cases import OPTIONS
 from tests.helpers.support import assert_same_bits
 from tests.helpers.support import error
 
+pytestmark = pytest.mark.usefixtures('quickly_compiled')
+
 
 class Network(nnx.Module):
   """A dense layer, BatchNorm and dropout, and a dense layer with LoRA."""

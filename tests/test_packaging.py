@@ -24,7 +24,7 @@ def refuse(*args, **kwargs):
   raise AssertionError('The import touched the network.')
 
 socket.socket.connect = socket.getaddrinfo = refuse
-import optax_asam
+import optax_asam, optax_asam.plotting
 for name in ('flax', 'equinox', 'haiku', 'matplotlib', 'sklearn'):
   assert name not in sys.modules, name
 print(optax_asam.__file__)

@@ -9,6 +9,7 @@ import numpy as np
 
 from experiments import data
 from experiments.report import reporting
+from optax_asam import plotting
 
 NUM_BINS = 15
 # What is reported of the test set, and how: title, factor, decimals.
@@ -224,7 +225,7 @@ def draw(results: Mapping[str, Any]) -> Figure:
         axes.axvline(mean, color='#555555', linestyle=':', linewidth=1)
     axes.set(title=task['title'], xlabel=f'Test {metric.replace("_", " ")} (%)')
     axes.title.set_fontsize(10)
-    reporting.tidy(axes)
+    plotting.tidy(axes)
   for axes in all_axes[len(tasks) :]:
     axes.set_axis_off()
   all_axes[0].set(

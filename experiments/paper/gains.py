@@ -21,10 +21,11 @@ from experiments import cli
 from experiments.paper import tables
 from experiments.report import records
 from experiments.report import reporting
+from optax_asam import plotting
 
 METHODS = {
-  'sam': ('SAM', reporting.COLORS['sam'], -0.2),
-  'asam': ('ASAM', reporting.COLORS['asam'], 0.0),
+  'sam': ('SAM', plotting.COLORS['sam'], -0.2),
+  'asam': ('ASAM', plotting.COLORS['asam'], 0.0),
   'momentum_asam': ('momentum ASAM', '#555555', 0.2),
 }
 MODELS = {
@@ -171,7 +172,7 @@ def draw(found: Sequence[Setting]) -> Figure:
       ylim=(len(group) - 0.5, -0.5),
     )
     axes.tick_params(axis='y', labelsize=8)
-    reporting.tidy(axes)
+    plotting.tidy(axes)
   # The interval of a seed that failed would hide the others.
   all_axes[1].set_xlim(-10, 60)
   all_axes[0].legend(loc='lower left', fontsize=8, frameon=False)

@@ -21,6 +21,7 @@ import numpy as np
 from experiments import cli
 from experiments.report import records
 from experiments.report import reporting
+from optax_asam import plotting
 
 RESULTS = Path(__file__).parents[1] / 'results'
 METHODS = ('sgd', 'sam', 'asam')
@@ -208,7 +209,7 @@ def draw_noise(results: Results) -> Figure:
   for method, published in zip(
     METHODS, np.transpose(list(PUBLISHED_NOISE.values())), strict=True
   ):
-    style: Any = {'color': reporting.COLORS[method], 'label': method.upper()}
+    style: Any = {'color': plotting.COLORS[method], 'label': method.upper()}
     for model, axes in zip(('mlp', 'cnn'), all_axes, strict=False):
       points = []
       for percent, run in zip(PUBLISHED_NOISE, NOISE.values(), strict=True):
@@ -227,7 +228,7 @@ def draw_noise(results: Results) -> Figure:
     strict=True,
   ):
     axes.set(title=title, xlabel='Label noise (%)')
-    reporting.tidy(axes)
+    plotting.tidy(axes)
   all_axes[0].set_ylabel('Test accuracy (%)')
   all_axes[0].legend(loc='lower left')
   return figure
@@ -250,7 +251,7 @@ def draw_study(results: Sequence[Mapping[str, Any]]) -> Figure:
       reporting.plot_interval(
         axes,
         optimizer['curves']['held_out_accuracy'],
-        color=reporting.COLORS[name],
+        color=plotting.COLORS[name],
         label=reporting.label(name, optimizer['rho']),
       )
     low, high = axes.get_ylim()
@@ -261,7 +262,7 @@ def draw_study(results: Sequence[Mapping[str, Any]]) -> Figure:
     )
     axes.yaxis.set_major_formatter(ticker.PercentFormatter(xmax=1, symbol=''))
     axes.legend(loc='lower right')
-    reporting.tidy(axes)
+    plotting.tidy(axes)
   for axes in all_axes[-1]:
     axes.set_xlabel('Epoch')
   figure.supylabel('Held-out accuracy (%, noisy labels)')

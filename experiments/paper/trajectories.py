@@ -59,6 +59,7 @@ from experiments.report import reporting
 from optax_asam import asam
 from optax_asam import ascent
 from optax_asam import normalization
+from optax_asam import plotting
 from optax_asam import sam
 from optax_asam import sharpness
 
@@ -89,7 +90,7 @@ NORMALIZATIONS = {
   'asam': normalization.elementwise(ETA),
 }
 
-COLORS = reporting.COLORS
+COLORS = plotting.COLORS
 
 
 def loss_fn(w: jax.typing.ArrayLike) -> jax.Array:

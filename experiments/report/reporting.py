@@ -18,9 +18,7 @@ import scipy.stats
 
 from experiments.report import records
 from experiments.search import Search
-
-# Dark enough on white, and safe for the color-blind (Okabe and Ito).
-COLORS = {'sgd': '#555555', 'sam': '#0072b2', 'asam': '#d55e00'}
+from optax_asam import plotting
 
 
 def t_interval(values: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -219,12 +217,6 @@ def plot_interval(axes: Axes, curve: Any, *, color: str, label: str) -> None:
   )
 
 
-def tidy(axes: Axes) -> None:
-  """Draws a grid, and no frame at the top and on the right."""
-  axes.grid(alpha=0.3)
-  axes.spines[['top', 'right']].set_visible(False)
-
-
 def write_figure(path: Path, results: Mapping[str, Any]) -> None:
   """Draws training loss and held-out accuracy over the epochs."""
   config = results['config']
@@ -238,7 +230,7 @@ def write_figure(path: Path, results: Mapping[str, Any]) -> None:
       plot_interval(
         axes,
         result['curves'][quantity],
-        color=COLORS[name],
+        color=plotting.COLORS[name],
         label=label(name, result['rho']),
       )
   loss_axes.set(ylabel='Training loss (cross-entropy, nats)', ylim=(0, None))
@@ -254,7 +246,7 @@ def write_figure(path: Path, results: Mapping[str, Any]) -> None:
   )
   for axes in (loss_axes, accuracy_axes):
     axes.set(xlabel='Epoch', xlim=(0, config['epochs']))
-    tidy(axes)
+    plotting.tidy(axes)
   accuracy_axes.legend()
   interrupted = '' if results['complete'] else ' (interrupted)'
   figure.suptitle(

@@ -248,7 +248,10 @@ def recorded(name):
 def test_step_time_page():
   """The tables of step times are those of the recorded results."""
   text = step_time_report.PAGE.read_text()
-  assert step_time_report.page(text, step_time_report.load()) == text
+  recorded = step_time_report.load()
+  assert step_time_report.page(text, recorded) == text
+  first = step_time_report.FIRST_PAGE.read_text()
+  assert step_time_report.first_page(first, recorded) == first
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from tests.helpers import pages
 from tests.helpers import reference
 from tests.helpers.support import error
 
+pytestmark = pytest.mark.usefixtures('quickly_compiled')
+
 PAGE = pages.read_page('fewer_gradients')
 SNIPPETS = pages.read_snippets(PAGE)
 ON_PART = SNIPPETS['test_with_the_transformation'][0]
@@ -286,7 +288,6 @@ def images_and_labels():
   return images, jnp.arange(8)
 
 
-@pytest.mark.slow
 def test_flax_linen():
   """Gradient, loss and statistics are those of two passes by hand."""
   network = train_linen.Network()

@@ -1,5 +1,10 @@
-"""Promise: the notebooks run as they are and are stored without outputs."""
+"""Promise: the notebooks run as they are, here and in Colab.
 
+They are stored without outputs.
+"""
+
+import importlib.util
+import os
 import pathlib
 import warnings
 
@@ -8,21 +13,83 @@ import pytest
 with warnings.catch_warnings():
   # Jupyter's packages warn about each other when imported.
   warnings.simplefilter('ignore')
+  from IPython.core.inputtransformer2 import TransformerManager
   import nbclient
   import nbformat
 
 NOTEBOOKS = sorted(pathlib.Path(__file__).parents[2].glob('notebooks/*.ipynb'))
+COLAB = 'https://colab.research.google.com'
+FILES = f'{COLAB}/github/optax-asam/optax_asam/blob/main/notebooks'
+REPOSITORY = 'git+https://github.com/optax-asam/optax_asam'
+
+
+def read(path):
+  """A notebook."""
+  return nbformat.read(path, as_version=4)
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
 def test_stripped(path):
-  """No outputs and no execution counts."""
-  notebook = nbformat.read(path, as_version=4)
+  """No outputs, execution counts, or metadata of an editor."""
+  notebook = read(path)
   nbformat.validate(notebook)
+  assert set(notebook.metadata) == {'kernelspec', 'language_info'}
   for cell in notebook.cells:
+    assert cell.metadata == {}
     if cell.cell_type == 'code':
       assert cell.outputs == []
       assert cell.execution_count is None
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
+def test_head(path):
+  """The badge opens this file, and the same cell as elsewhere installs."""
+  head, install = read(path).cells[:2]
+  badge = f'{COLAB}/assets/colab-badge.svg'
+  assert f'[![Open in Colab]({badge})]({FILES}/{path.name})' in head.source
+  assert 'on a CPU' in head.source
+  assert 'Runtime > Change runtime type' in head.source
+  assert install.source == read(NOTEBOOKS[0]).cells[1].source
+
+
+@pytest.mark.parametrize(
+  ('in_clone', 'available', 'tried'),
+  [
+    (True, ['..'], ['..']),
+    (False, ['optax-asam', REPOSITORY], ['optax-asam']),
+    (False, [REPOSITORY], ['optax-asam', REPOSITORY]),
+    (False, None, []),
+  ],
+  ids=['clone', 'PyPI', 'repository', 'installed'],
+)
+def test_install(in_clone, available, tried, monkeypatch):
+  """From the clone, or from PyPI, or from the repository; only if missing."""
+  installed = available is None
+  names = {}
+  commands = []
+
+  class Shell:
+    """What IPython does with a line magic."""
+
+    def run_line_magic(self, magic, line):
+      nonlocal installed
+      assert magic == 'pip'
+      commands.append(line.format(**names))
+      installed = names['source'] in available
+
+  def find_spec(name):
+    assert name == 'optax_asam'
+    return installed or None
+
+  monkeypatch.setattr(importlib.util, 'find_spec', find_spec)
+  monkeypatch.setattr(os.path, 'exists', lambda path: in_clone)
+  source = read(NOTEBOOKS[0]).cells[1].source
+  names['get_ipython'] = Shell
+  exec(TransformerManager().transform_cell(source), names)
+  assert installed
+  assert commands == [
+    f'install --quiet {source} flax matplotlib scikit-learn' for source in tried
+  ]
 
 
 @pytest.mark.parametrize(
@@ -38,10 +105,10 @@ def test_stripped(path):
 )
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')  # Jupyter's own
 def test_runs(path, monkeypatch):
-  """Every cell, on one device; warnings of JAX, Optax and Flax are errors."""
+  """Every cell; warnings of JAX, Optax and Flax are errors."""
   monkeypatch.setenv('XLA_FLAGS', '')
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
-  notebook = nbformat.read(path, as_version=4)
+  notebook = read(path)
   strict = nbformat.v4.new_code_cell(
     'import warnings\n'
     "warnings.filterwarnings('error', module='jax|optax|flax|__main__')"

@@ -14,6 +14,8 @@ from optax_asam import momentum_asam
 from optax_asam import sharpness_aware
 from tests.helpers import pages
 
+pytestmark = pytest.mark.usefixtures('quickly_compiled')
+
 PAGE = pages.read_page('which_one')
 TABLE = {
   cell.replace('`', ''): rest

@@ -268,7 +268,7 @@ def test_lora(model_dir, name):
   task = task._replace(train_size=32, epochs=3)
   trainer = fine_tuning_floors.Trainer(dataset, max_lanes=1)
   lane = budget_lanes.Lane(0, (0.5, 0.0))
-  found = jax.tree.map(lambda x: x[0], trainer.train(task, name, [lane]).params)
+  found = jax.tree.map(lambda x: x[0], trainer.train(task, name, [lane]))
 
   model = task.recipe.model
   key = jax.random.split(jax.random.key(0))[0]
