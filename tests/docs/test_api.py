@@ -9,6 +9,7 @@ import optax_asam
 from optax_asam import ascent
 from optax_asam import descent
 from optax_asam import normalization
+from optax_asam import plotting
 from optax_asam import sharpness
 import optax_asam.equinox
 import optax_asam.nnx
@@ -39,7 +40,14 @@ def test_exported(module):
 
 @pytest.mark.parametrize(
   'module',
-  [ascent, descent, normalization, optax_asam.equinox, optax_asam.nnx],
+  [
+    ascent,
+    descent,
+    normalization,
+    optax_asam.equinox,
+    optax_asam.nnx,
+    plotting,
+  ],
 )
 def test_functions_with_an_example(module):
   """Functions without one are for the library itself."""
