@@ -132,27 +132,3 @@ def test_table():
       ]
     )
   assert pages.read_rows(pages.marked(README, name)) == expected
-
-
-def test_migrating():
-  """The same steps as the call of optax.contrib.sam that the table shows."""
-  rows = pages.read_rows(README.split('## Migrating')[1])
-  theirs, ours = (cell.split('`')[1] for cell in rows[0][1:])
-  params = {'w': jnp.array([1.0, -2.0, 3.0])}
-  grad_fn = jax.grad(lambda params: jnp.sum(params['w'] ** 4))
-  names = {
-    'base': optax.sgd(0.01),
-    'rho': 0.05,
-    'chain': optax.chain,
-    'normalize': optax.contrib.normalize,
-    'sgd': optax.sgd,
-  }
-  tx = eval(theirs, {**names, 'sam': optax.contrib.sam})
-  expected, _ = tx.update(
-    grad_fn(params), tx.init(params), params, grad_fn=lambda p, _: grad_fn(p)
-  )
-  tx = eval(ours, {**names, 'sam': optax_asam.sam})
-  updates, _ = tx.update(
-    grad_fn(params), tx.init(params), params, grad_fn=grad_fn
-  )
-  assert error(updates, expected) < 1e-6
