@@ -17,7 +17,7 @@ extensions = [
 ]
 html_theme = 'furo'
 html_title = f'optax_asam {release}'
-exclude_patterns = ['_build']
+exclude_patterns = ['_build', 'upstream']
 autodoc_typehints = 'none'  # The docstrings say more.
 autodoc_member_order = 'bysource'
 autodoc_preserve_defaults = True
