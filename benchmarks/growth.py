@@ -339,7 +339,6 @@ def main(argv: Sequence[str]) -> None:
   jax.config.update('jax_enable_compilation_cache', False)
   args.out.mkdir(parents=True, exist_ok=True)
   path = args.out / 'growth.json'
-  results = json.loads(path.read_text()) if path.exists() else {}
   for method in METHODS:
     # What JAX caches while tracing must not favor later ones.
     made = steps.METHODS[method](dense_layers(4, 40, 1), BASE_TX)
@@ -351,12 +350,14 @@ def main(argv: Sequence[str]) -> None:
     for size in SERIES[name].sizes:
       cases += measure(name, size, args.seconds)
       print(name, size, flush=True)
+    results = json.loads(path.read_text()) if path.exists() else {}
     results[name] = {
       'machine': step_time.machine('cpu'),
       **known,
       'cases': cases,
     }
     records.write_json(path, results)
+  results = json.loads(path.read_text())
   chart(results).savefig(path.with_suffix('.png'))
   print(table(results))
 

@@ -41,7 +41,7 @@ def test_program(tmp_path, monkeypatch, quickly_compiled):
   monkeypatch.setenv('XLA_FLAGS', os.environ['XLA_FLAGS'])
   for name, sizes in {'arrays': (4, 8), 'devices': (2, 4)}.items():
     small = growth.SERIES[name]._replace(
-      sizes=sizes, parameters=lambda size: 160
+      sizes=sizes, parameters=lambda size: 360
     )
     monkeypatch.setitem(growth.SERIES, name, small)
     growth.main(
@@ -67,7 +67,7 @@ def test_program(tmp_path, monkeypatch, quickly_compiled):
 def test_recorded_results():
   """No cost of ASAM grows faster than linearly, or than that of its base."""
   results = json.loads(RECORDED.read_text())
-  assert list(results) == list(growth.SERIES)
+  assert set(results) == set(growth.SERIES)
   for name, cost in growth._rows(results):
     costs = {
       method: growth.values(results, name, cost, method)
