@@ -284,9 +284,10 @@ def chart(results: Mapping[str, Any]) -> Figure:
     for panel, cost in zip(line, SERIES[name].costs, strict=False):
       x, base = values(results, name, cost, 'base')
       unit = next((y for y in base if y > 0), 1.0)
-      for method, color in COLORS.items():
+      for method in METHODS:
         _, y = values(results, name, cost, method)
         shown = np.where(y > 0, y, np.nan) / unit
+        color = COLORS[method]
         panel.plot(x, shown, 'o-', ms=3, lw=1, color=color, label=method)
       panel.plot(x, x / x[0], '--', lw=1, color='#bbbbbb', label='linear')
       panel.set(xscale='log', yscale='log', title=COSTS[cost], visible=True)

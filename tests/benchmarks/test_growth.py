@@ -36,9 +36,11 @@ def test_dense_layers(arrays, parameters):
   assert sum(x.size for x in shapes) == pytest.approx(parameters, rel=0.02)
 
 
+@pytest.mark.slow
 def test_program(tmp_path, monkeypatch, quickly_compiled):
   """It measures the series that are asked for, and keeps the others."""
   monkeypatch.setenv('XLA_FLAGS', os.environ['XLA_FLAGS'])
+  monkeypatch.setattr(growth, 'METHODS', ('base', 'two_gradients', 'asam'))
   for name, sizes in {'arrays': (4, 8), 'devices': (2, 4)}.items():
     small = growth.SERIES[name]._replace(
       sizes=sizes, parameters=lambda size: 360
