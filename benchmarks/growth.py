@@ -1,11 +1,12 @@
 """How costs grow with the number of arrays, parameters and devices.
 
-  python -m benchmarks.growth
+  python -m benchmarks.growth --out benchmarks/results
+  python -m benchmarks.growth --report
 
-measures dense layers on CPU, writes growth.json and growth.png to --out, and
-prints the table of README.md: the exponents k of costs that grow as x^k. The
-series 'chips' needs the TPU compiler: pip install 'jax[tpu]'. What --out holds
-of other series is kept.
+The first measures dense layers on CPU and writes growth.json; what it holds of
+other series is kept. The second makes the table of README.md, of the exponents
+k of costs that grow as x^k, and the chart from what is in results/. The series
+'chips' needs the TPU compiler: pip install 'jax[tpu]'.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import json
 import math
 import os
 from pathlib import Path
+import re
 import sys
 import time
 from typing import Any
@@ -47,6 +49,8 @@ COLORS = {
   'momentum_asam': '#d55e00',
 }
 METHODS = tuple(COLORS)
+ROOT = Path(__file__).parent
+PAGE, RESULTS = ROOT / 'README.md', ROOT / 'results' / 'growth.json'
 BASE_TX = optax.sgd(0.01, momentum=0.9)
 EXAMPLES = 8  # on each device
 # Of TPU v5p, by their number of chips.
@@ -265,6 +269,26 @@ def table(results: Mapping[str, Any]) -> str:
   return records.markdown(rows, text_columns=2)
 
 
+def load() -> dict[str, Any]:
+  """The recorded results, by series."""
+  return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def page(text: str, results: Mapping[str, Any]) -> str:
+  """A page with its table made again between the markers."""
+  made = 'Nothing is recorded yet: run `python -m benchmarks.growth`.'
+  if results:
+    picture = f'results/{RESULTS.stem}.png'
+    made = f'![Each cost over size, on logarithmic axes]({picture})\n\n'
+    made += table(results)
+  return re.sub(
+    '(<!-- growth -->\n\n).*?(\n\n<!-- end -->)',
+    lambda found: found[1] + made + found[2],
+    text,
+    flags=re.DOTALL,
+  )
+
+
 def chart(results: Mapping[str, Any]) -> Figure:
   """A panel for each row of the table, a line for each method.
 
@@ -313,10 +337,11 @@ def _rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def main(argv: Sequence[str]) -> None:
-  """Measures, writes growth.json and growth.png, and prints the table."""
+  """Measures and writes growth.json, or draws what was recorded."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
+  parser.add_argument('--report', action='store_true')
   parser.add_argument('--out', type=Path, default=Path('out/growth'))
   parser.add_argument(
     '--series',
@@ -328,6 +353,10 @@ def main(argv: Sequence[str]) -> None:
     '--seconds', type=float, default=20.0, help='of step times, for each size'
   )
   args = parser.parse_args(argv)
+  if args.report:
+    PAGE.write_text(page(PAGE.read_text(), load()))
+    chart(load()).savefig(RESULTS.with_suffix('.png'))
+    return
   # Set before JAX initializes its backend.
   flags = os.environ.get('XLA_FLAGS', '')
   count = (
@@ -357,9 +386,7 @@ def main(argv: Sequence[str]) -> None:
       'cases': cases,
     }
     records.write_json(path, results)
-  results = json.loads(path.read_text())
-  chart(results).savefig(path.with_suffix('.png'))
-  print(table(results))
+  print(table(json.loads(path.read_text())))
 
 
 if __name__ == '__main__':

@@ -19,7 +19,6 @@ import pytest
 
 from benchmarks import collectives
 from benchmarks import compiled
-from benchmarks import growth
 from benchmarks import large_models
 from benchmarks import step_time_report
 from benchmarks import steps
@@ -265,7 +264,6 @@ def test_step_time_page():
       functools.partial(collectives.table, numbers=(8,)),
     ),
     ('benchmarks/README.md', 'tpu_aot added', tpu_aot.added_table),
-    ('benchmarks/README.md', 'growth', growth.table),
   ],
 )
 def test_pages(page, name, make_table):

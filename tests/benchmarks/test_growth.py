@@ -5,15 +5,12 @@ And no cost of ASAM grows faster than the number of arrays or parameters.
 
 import json
 import os
-import pathlib
 
 import jax
 import numpy as np
 import pytest
 
 from benchmarks import growth
-
-RECORDED = pathlib.Path(growth.__file__).parent / 'results' / 'growth.json'
 
 
 @pytest.mark.parametrize('k', [0.0, 0.5, 1.0, 2.0])
@@ -51,7 +48,6 @@ def test_program(tmp_path, monkeypatch, quickly_compiled):
     )
   results = json.loads((tmp_path / 'growth.json').read_text())
   assert list(results) == ['arrays', 'devices']
-  assert (tmp_path / 'growth.png').stat().st_size
   for name, each in results.items():
     assert each['versions']['jax']
     assert len(each['cases']) == 2 * len(growth.METHODS)
@@ -64,12 +60,22 @@ def test_program(tmp_path, monkeypatch, quickly_compiled):
   assert (sent > 0).all()
   lines = growth.table(results).splitlines()
   assert len(lines) == 2 + sum(len(growth.SERIES[n].costs) for n in results)
+  made = growth.page('a\n\n<!-- growth -->\n\nb\n\n<!-- end -->', results)
+  assert lines[-1] in made
+  assert growth.page(made, {}) != growth.page(made, results) == made
+  panels = [x for x in growth.chart(results).axes if x.get_visible()]
+  assert len(panels) == len(lines) - 2
+
+
+def test_page():
+  """The table is that of the recorded results."""
+  text = growth.PAGE.read_text()
+  assert growth.page(text, growth.load()) == text
 
 
 def test_recorded_results():
   """No cost of ASAM grows faster than linearly, or than that of its base."""
-  results = json.loads(RECORDED.read_text())
-  assert set(results) == set(growth.SERIES)
+  results = growth.load()
   for name, cost in growth._rows(results):
     costs = {
       method: growth.values(results, name, cost, method)
