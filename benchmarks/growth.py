@@ -113,7 +113,7 @@ SERIES = {
 }
 COSTS = {
   'step_seconds': 'step time',
-  'compile_seconds': 'tracing and compiling, CPU time',
+  'compile_seconds': 'compilation (CPU time)',
   'instructions': 'instructions',
   'temp_bytes': 'temporaries',
   'bytes_accessed': 'bytes accessed',
@@ -297,7 +297,9 @@ def chart(results: Mapping[str, Any]) -> Figure:
   names = [name for name in SERIES if name in results]
   columns = max(len(SERIES[name].costs) for name in names)
   figure = Figure(
-    figsize=(2.6 * columns, 2.3 * len(names)), dpi=150, layout='constrained'
+    figsize=(2.7 * columns + 1.5, 2.3 * len(names)),
+    dpi=150,
+    layout='constrained',
   )
   axes = figure.subplots(len(names), columns, squeeze=False)
   for panel in axes.flat:
@@ -314,11 +316,11 @@ def chart(results: Mapping[str, Any]) -> Figure:
       panel.plot(x, x / x[0], '--', lw=1, color='#bbbbbb', label='linear')
       panel.set(xscale='log', yscale='log', title=COSTS[cost], visible=True)
       panel.set_xlabel(f'number of {name}')
-      panel.set_xticks(x, [_label(size) for size in x])
+      panel.set_xticks(x, [_label(size) for size in x], fontsize=8)
       panel.minorticks_off()
       panel.spines[['top', 'right']].set_visible(False)
   handles, labels = axes[0, 0].get_legend_handles_labels()
-  figure.legend(handles, labels, loc='upper right')
+  figure.legend(handles, labels, loc='outside right upper')
   return figure
 
 
