@@ -36,7 +36,7 @@ extensions = [
   'sphinx.ext.viewcode',
   'sphinx_copybutton',
 ]
-exclude_patterns = ['_build', 'jupyter_execute']
+exclude_patterns = ['_build', 'jupyter_execute', 'upstream']
 maximum_signature_line_length = 70
 nitpicky = True
 # Types without a page: aliases in signatures, and those of other libraries.
