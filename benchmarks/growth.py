@@ -374,9 +374,10 @@ def main(argv: Sequence[str]) -> None:
     # What JAX caches while tracing must not favor later ones.
     made = steps.METHODS[method](small, BASE_TX)
     build(made, small.batch, jax.devices()[:1], seconds=0)
+  packages = (*records.PACKAGES, 'flax', *['libtpu'] * ('chips' in args.series))
+  # Before the results make the working tree dirty.
+  known = records.provenance('benchmarks.growth', argv, packages)
   for name in args.series:
-    packages = (*records.PACKAGES, 'flax', *['libtpu'] * (name == 'chips'))
-    known = records.provenance('benchmarks.growth', argv, packages)
     cases = []
     for size in SERIES[name].sizes:
       cases += measure(name, size, args.seconds)

@@ -74,15 +74,15 @@ def test_page():
 
 
 def test_recorded_results():
-  """No cost of ASAM grows faster than linearly, or than that of its base."""
+  """No cost of ASAM grows faster than linearly, or than that of another SAM."""
   results = growth.load()
   for name, cost in growth._rows(results):
     costs = {
       method: growth.values(results, name, cost, method)
       for method in growth.METHODS
     }
-    own, base = (growth.exponent(*costs[m]) for m in ('asam', 'base'))
-    assert own <= max(1.0, base) + 0.1, (name, cost, own, base)
+    own, other = (growth.exponent(*costs[m]) for m in ('asam', 'contrib_sam'))
+    assert own <= max(1.0, other) + 0.1, (name, cost, own, other)
     if cost == 'collective_bytes':
       added = costs['asam'][1] - costs['two_gradients'][1]
       assert (added <= 4 * 10).all()  # a scalar for each array
