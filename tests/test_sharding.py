@@ -22,6 +22,8 @@ from tests.helpers import network
 from tests.helpers.support import SHARDY
 from tests.helpers.support import error
 
+pytestmark = pytest.mark.usefixtures('quickly_compiled')
+
 STEPS = 10
 
 

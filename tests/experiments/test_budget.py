@@ -123,15 +123,9 @@ def train_by_hand(method, seed, rho):
   return params if takes_grad_fn else optax_asam.eval_params(state, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-  'method',
-  [
-    'momentum_asam',
-    *[
-      pytest.param(name, marks=pytest.mark.slow)
-      for name in ('asam', 'quarter', 'every_5', 'late_20')
-    ],
-  ],
+  'method', ['momentum_asam', 'asam', 'quarter', 'every_5', 'late_20']
 )
 def test_lanes(method):
   """Lanes, on their own or together, are runs of a loop in Python."""

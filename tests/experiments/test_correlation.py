@@ -36,6 +36,7 @@ def take(tree, i):
   return jax.tree.map(lambda x: x[i], tree)
 
 
+@pytest.mark.slow
 def test_training():
   """Networks stop at the target, after the steps of SGD by its formula.
 
