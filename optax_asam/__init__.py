@@ -1,5 +1,8 @@
 """Adaptive Sharpness-Aware Minimization as an Optax transformation."""
 
+from typing import TYPE_CHECKING
+from typing import Any
+
 from optax_asam import ascent
 from optax_asam import descent
 from optax_asam import normalization
@@ -17,6 +20,19 @@ from optax_asam.transform import SharpnessAwareState
 from optax_asam.transform import sharpness_aware
 
 __version__ = '0.2.0.dev0'
+
+
+# Type checkers would accept every name.
+if not TYPE_CHECKING:  # pragma: no branch
+
+  def __getattr__(name: str) -> Any:
+    """Names the import of a module that needs another library."""
+    if name in ('equinox', 'nnx', 'plotting'):
+      raise AttributeError(
+        f'optax_asam.{name} must be imported by name: import optax_asam.{name}'
+      )
+    raise AttributeError(f"module 'optax_asam' has no attribute {name!r}")
+
 
 __all__ = (
   'LookSAMState',

@@ -146,8 +146,8 @@ def check_no_schedule(rho: Any) -> None:
   if callable(rho):
     raise TypeError(
       f'rho must be a number or a traced scalar here, but got the function'
-      f' {rho!r}: no updates are counted for a schedule. For example: rho=0.5,'
-      f' rho=schedule(step), or asam(base_tx, rho=schedule).'
+      f' {rho!r}: there is no count of updates for a schedule. For example:'
+      f' rho=0.5, rho=schedule(step), or asam(base_tx, rho=schedule).'
     )
 
 
@@ -468,7 +468,8 @@ def given(params: optax.Params | None) -> optax.Params:
   if params is None:
     raise ValueError(
       'params must be given, but got None: the perturbation depends on them.'
-      ' Write tx.update(grads, state, params, grad_fn=grad_fn).'
+      ' Write tx.update(grads, state, params), with grad_fn=grad_fn if tx takes'
+      ' a second gradient.'
     )
   return params
 

@@ -151,7 +151,7 @@ KERNEL = {'kernel': jnp.ones((2, 2, 2))}
 MASK = {'dense': {'kernel': True, 'bias': False}}
 MASKED = {'dense': {'kernel': jnp.ones((2, 3)), 'bias': optax.MaskedNode()}}
 LABELS = {'dense': {'kernel': 'asam', 'bias': 'sgd'}}
-NEEDS_PARAMS = 'params & None & update(grads, state, params, '
+NEEDS_PARAMS = 'params & None & update(grads, state, params)'
 GOES_INSIDE = (
   f'{BIAS} & MaskedNode & asam(optax.partition(...), mask=trainable)'
 )

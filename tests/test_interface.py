@@ -96,3 +96,16 @@ def test_names():
     *optax_asam.SharpnessAwareState._fields,
     'direction',
   )
+
+
+@pytest.mark.parametrize('name', ['equinox', 'nnx', 'plotting'])
+def test_modules_imported_by_name(name):
+  """What needs another library is not imported, and the error says how."""
+  with pytest.raises(AttributeError, match=f'import optax_asam.{name}'):
+    optax_asam.__getattr__(name)
+
+
+def test_unknown_name():
+  """The usual error."""
+  with pytest.raises(AttributeError, match="no attribute 'asma'"):
+    _ = optax_asam.asma

@@ -292,7 +292,14 @@ def test_label_noise():
     shown = [f'{x:g}' for x in (*numbers, seeds)]
     assert cells == [*shown, *map(accuracy, runs.values())]
   demo = read_json(RESULTS / 'demo' / 'results.json')['optimizers']
-  known |= {f'{100 * demo[x]["train_accuracy"]["mean"]:.1f}' for x in demo}
+  known |= {
+    f'{100 * demo[x][what]["mean"]:.1f}'
+    for x in demo
+    for what in (
+      *('train_accuracy', 'held_out_accuracy'),
+      'oracle_best_epoch_held_out_accuracy',
+    )
+  }
   budget = read_json(RESULTS / 'budget' / 'results.json')['tasks']
   for name, each in budget['cnn-noise-40']['methods'].items():
     summary = each['summary']

@@ -131,4 +131,6 @@ def test_table():
         f'{result["time_ratio_to_first"]:.2f}',
       ]
     )
+    best = result['oracle_best_epoch_held_out_accuracy']['mean']
+    assert f'{100 * best:.1f} %' in README
   assert pages.read_rows(pages.marked(README, name)) == expected
