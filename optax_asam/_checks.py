@@ -401,9 +401,23 @@ def check_bools(mask: Any) -> None:
 
 def misfit_of_mask(mask: Any, params: optax.Params) -> ValueError:
   """The error for a mask that does not fit ``params``."""
+  parts = {names(path): path for path, _ in jax.tree.leaves_with_path(mask)}
+  paths = {names(path): path for path, _ in jax.tree.leaves_with_path(params)}
+  fits = lambda part, path: path[: len(part)] == part
+  missing = [
+    path for x, path in paths.items() if not any(fits(y, x) for y in parts)
+  ]
+  extra = [
+    part for x, part in parts.items() if not any(fits(x, y) for y in paths)
+  ]
+  # Other containers with the same names fit.
+  what = (
+    f'nothing is given for {path_name(missing[0])}'
+    if missing
+    else f'there is no {path_name(extra[0])}'
+  )
   return ValueError(
-    f'mask must have the structure of params or a prefix of it, but got'
-    f' {jax.tree.structure(mask)} for {jax.tree.structure(params)}.'
+    f'mask must have the structure of params or a prefix of it, but {what}.'
     f' {_MASK_EXAMPLE}'
   )
 
@@ -449,7 +463,8 @@ def check_params(params: optax.Params) -> None:
     raise TypeError(
       f'{name} must be a floating array, but got dtype {leaf.dtype}. Pass'
       f' only the parameters that are trained by gradients, and a complex one'
-      f' as two real arrays.'
+      f' as two real arrays. If params is the state of an optimizer, the order'
+      f' is tx.update(grads, state, params).'
     )
 
 

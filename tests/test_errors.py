@@ -344,10 +344,11 @@ FITS = 'mask=jax.tree.map('
 @pytest.mark.parametrize(
   ('error', 'mask', 'phrases'),
   [
-    (ValueError, {'conv': True}, f"'conv' & {FITS}"),
-    (ValueError, {'dense': {'kernel': True}}, f"'kernel' & 'bias' & {FITS}"),
-    (ValueError, [True], f'[*] & {FITS}'),
-    (ValueError, lambda p: {'conv': True}, f"'conv' & {FITS}"),
+    (ValueError, {'conv': True}, f'{BIAS} & {FITS}'),
+    (ValueError, {'dense': {'kernel': True}}, f'{BIAS} & {FITS}'),
+    (ValueError, {'dense': True, 'conv': True}, f"no params['conv'] & {FITS}"),
+    (ValueError, [True], f'{BIAS} & {FITS}'),
+    (ValueError, lambda p: {'conv': True}, f'{BIAS} & {FITS}'),
     (ValueError, lambda p: False, 'mask=None'),
     (ValueError, normalization.normalization_layers, 'mask=None'),
     (TypeError, {'dense': 'yes'}, f"mask['dense'] & 'yes' & {FITS}"),
