@@ -26,7 +26,7 @@ from optax_asam import plotting
 METHODS = {
   'sam': ('SAM', plotting.COLORS['sam'], -0.2),
   'asam': ('ASAM', plotting.COLORS['asam'], 0.0),
-  'momentum_asam': ('momentum ASAM', '#555555', 0.2),
+  'momentum_asam': ('momentum ASAM', plotting.COLORS['momentum_asam'], 0.2),
 }
 MODELS = {
   'mlp': 'MLP, 60,000 images',
