@@ -134,3 +134,15 @@ def test_table():
     best = result['oracle_best_epoch_held_out_accuracy']['mean']
     assert f'{100 * best:.1f} %' in README
   assert pages.read_rows(pages.marked(README, name)) == expected
+
+
+def test_caption():
+  """The losses that the caption of the picture compares."""
+  name = 'experiments/results/budget/results.json'
+  recorded = json.loads((pages.ROOT / name).read_text())
+  methods = recorded['tasks']['vit-2000']['methods']
+  tuned, asam = (
+    methods[method]['summary']['test_loss']['mean']
+    for method in ('base_tuned', 'asam')
+  )
+  assert f'test loss is {tuned:.2f} with it, and {asam:.2f} with' in README
