@@ -18,7 +18,6 @@ import json
 import math
 import os
 from pathlib import Path
-import re
 import sys
 import time
 from typing import Any
@@ -39,14 +38,15 @@ from benchmarks import step_time
 from benchmarks import steps
 from benchmarks import timing
 from benchmarks import tpu_aot
+from optax_asam import plotting
 
 # From a method to its color.
 COLORS = {
-  'base': '#555555',
+  'base': plotting.COLORS['sgd'],
   'two_gradients': '#000000',
-  'contrib_sam': '#009e73',
-  'asam': '#0072b2',
-  'momentum_asam': '#d55e00',
+  'contrib_sam': plotting.COLORS['sam'],
+  'asam': plotting.COLORS['asam'],
+  'momentum_asam': plotting.COLORS['momentum_asam'],
 }
 METHODS = tuple(COLORS)
 ROOT = Path(__file__).parent
@@ -257,7 +257,7 @@ def table(results: Mapping[str, Any]) -> str:
     if cost in SENT:
       ends = [f'{own[i] - two[i]:.0f}' for i in (first, -1)]
     else:
-      ends = [f'{100 * (own[i] / two[i] - 1):.0f} %' for i in (first, -1)]
+      ends = [f'{100 * (own[i] / two[i] - 1):z.0f} %' for i in (first, -1)]
     rows.append(
       [
         f'{sizes[0]:,.0f} to {sizes[-1]:,.0f} {name}',
@@ -281,12 +281,7 @@ def page(text: str, results: Mapping[str, Any]) -> str:
     picture = f'results/{RESULTS.stem}.png'
     made = f'![Each cost over size, on logarithmic axes]({picture})\n\n'
     made += table(results)
-  return re.sub(
-    '(<!-- growth -->\n\n).*?(\n\n<!-- end -->)',
-    lambda found: found[1] + made + found[2],
-    text,
-    flags=re.DOTALL,
-  )
+  return records.replace_between(text, 'growth', made)
 
 
 def chart(results: Mapping[str, Any]) -> Figure:
@@ -318,7 +313,7 @@ def chart(results: Mapping[str, Any]) -> Figure:
       panel.set_xlabel(f'number of {name}')
       panel.set_xticks(x, [_label(size) for size in x], fontsize=8)
       panel.minorticks_off()
-      panel.spines[['top', 'right']].set_visible(False)
+      plotting.tidy(panel)
   handles, labels = axes[0, 0].get_legend_handles_labels()
   figure.legend(handles, labels, loc='outside right upper')
   return figure

@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 import platform
+import re
 import shlex
 import subprocess
 from typing import Any
@@ -49,6 +50,16 @@ def write_json(path: Path, results: Mapping[str, Any]) -> None:
   partial = path.with_name(f'.{path.name}.partial')
   partial.write_text(json.dumps(results, indent=2, allow_nan=False) + '\n')
   os.replace(partial, path)
+
+
+def replace_between(text: str, name: str, made: str) -> str:
+  """A page with ``made`` between the comments ``name`` and ``end`` or /name."""
+  return re.sub(
+    f'(<!-- {name} -->\n\n).*?(\n\n<!-- (end|/{name}) -->)',
+    lambda found: found[1] + made + found[2],
+    text,
+    flags=re.DOTALL,
+  )
 
 
 def markdown(rows: Sequence[Sequence[Any]], text_columns: int) -> str:

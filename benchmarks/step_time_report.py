@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import json
 from pathlib import Path
-import re
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from benchmarks import records
+from optax_asam import plotting
 
 ROOT = Path(__file__).parent
 PAGE, CHART = ROOT / 'README.md', ROOT / 'results' / 'step_time.png'
@@ -129,29 +129,18 @@ def tables(name: str, results: Mapping[str, Any]) -> str:
 
 def first_page(text: str, recorded: Mapping[str, Mapping[str, Any]]) -> str:
   """The first page with its table of costs made again."""
-  made = f'{summary(recorded["step_time"])}\n\n'
-  return re.sub(
-    '(<!-- cost -->\n\n).*?(<!-- /cost -->)',
-    lambda found: found[1] + made + found[2],
-    text,
-    flags=re.DOTALL,
-  )
+  return records.replace_between(text, 'cost', summary(recorded['step_time']))
 
 
 def page(text: str, recorded: Mapping[str, Mapping[str, Any]]) -> str:
   """A page with its tables made again between the markers."""
-  made = 'Nothing is recorded yet: run `make bench`.\n\n'
+  made = 'Nothing is recorded yet: run `make bench`.'
   if recorded:
     picture = f'results/{CHART.name}'
-    parts = [f'{tables(*item)}\n\n' for item in recorded.items()]
-    made = f'![Step times of each method by model]({picture})\n\n'
-    made += ''.join(parts)
-  return re.sub(
-    '(<!-- step_time -->\n\n).*?(<!-- end -->)',
-    lambda found: found[1] + made + found[2],
-    text,
-    flags=re.DOTALL,
-  )
+    parts = [f'![Step times of each method by model]({picture})']
+    parts += [tables(*item) for item in recorded.items()]
+    made = '\n\n'.join(parts)
+  return records.replace_between(text, 'step_time', made)
 
 
 def chart(recorded: Mapping[str, Mapping[str, Any]]) -> Figure:
@@ -190,8 +179,7 @@ def chart(recorded: Mapping[str, Mapping[str, Any]]) -> Figure:
       )
       panel.set_yticklabels(methods if i == 0 else [])
       panel.invert_yaxis()
-      panel.grid(alpha=0.3)
-      panel.spines[['top', 'right']].set_visible(False)
+      plotting.tidy(panel)
     for panel in line[len(models) :]:
       panel.set_visible(False)
     line[0].set_ylabel(results['machine'])

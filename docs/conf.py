@@ -16,6 +16,7 @@ PAGES = {
   'CHANGELOG.md': '/changelog.md',
   'benchmarks/README.md': '/benchmarks.md',
   'experiments/README.md': '/evidence.md',
+  'notebooks': '/notebooks.md',
 }
 # What private constants stand for, in signatures.
 CONSTANTS = {

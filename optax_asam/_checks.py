@@ -410,15 +410,14 @@ def misfit_of_mask(mask: Any, params: optax.Params) -> ValueError:
   extra = [
     part for x, part in parts.items() if not any(fits(x, y) for y in paths)
   ]
-  # Other containers with the same names fit.
-  what = (
-    f'nothing is given for {path_name(missing[0])}'
-    if missing
-    else f'there is no {path_name(extra[0])}'
-  )
+  differences = [
+    *(f'nothing is given for {path_name(path)}' for path in missing),
+    *(f'there is no {path_name(part)}' for part in extra),
+    'the containers differ',
+  ]
   return ValueError(
-    f'mask must have the structure of params or a prefix of it, but {what}.'
-    f' {_MASK_EXAMPLE}'
+    f'mask must have the structure of params or a prefix of it, but'
+    f' {differences[0]}. {_MASK_EXAMPLE}'
   )
 
 

@@ -188,7 +188,7 @@ def guarded_root(x: jax.Array, tiny: float) -> tuple[jax.Array, jax.Array]:
 def _exceeds(x: jax.Array, threshold: float, usable: jax.Array) -> jax.Array:
   """Whether |x| > threshold, element by element; False if not ``usable``.
 
-  With one comparison per element, programs compile 10 % faster than with two
+  With one comparison per element, programs compile faster than with two
   conditions.
   """
   return jnp.abs(x) > jnp.where(usable, threshold, math.inf)

@@ -19,9 +19,9 @@ QUANTITIES = {
   'test_loss': ('test loss', 1, 3),
   'test_calibration_error': ('ECE, %', 100, 1),
 }
-# By the cost of a method, in gradients of the base: no more, less than twice as
-# many, twice as many. Dark enough on white, and safe for the color-blind.
-COLORS = {1.0: '#0072b2', 1.99: '#b35900', 2.0: '#00785a'}
+# Of methods at the cost of the base, at less than twice that, and above. Dark
+# enough on white, and safe for the color-blind.
+COLORS = '#0072b2', '#b35900', '#00785a'
 
 
 def measure(logits: np.ndarray, labels: data.Array) -> dict[str, float]:
@@ -211,13 +211,10 @@ def draw(results: Mapping[str, Any]) -> Figure:
       mean, half_width = reporting.t_interval(
         100 * np.asarray(method['summary'][f'test_{metric}']['per_seed'])
       )
-      color = next(
-        color for limit, color in COLORS.items() if cost(method) <= limit
-      )
       axes.errorbar(
         *(mean, titles.index(method['title'])),
         xerr=half_width,
-        color=color,
+        color=COLORS[(cost(method) > 1) + (cost(method) >= 2)],
         marker='o',
         markersize=4,
       )

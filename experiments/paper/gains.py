@@ -173,7 +173,7 @@ def draw(found: Sequence[Setting]) -> Figure:
     )
     axes.tick_params(axis='y', labelsize=8)
     plotting.tidy(axes)
-  # The interval of a seed that failed would hide the others.
+  # Intervals with a seed that failed would hide the others.
   all_axes[1].set_xlim(-10, 60)
   all_axes[0].legend(loc='lower left', fontsize=8, frameon=False)
   all_axes[1].set_xlabel('Test accuracy minus that of the base (points)')
