@@ -50,6 +50,8 @@ class Method(NamedTuple):
       if they are others.
     names: What the values are called, if there are candidates.
     has_rho: Whether the first value is a rho, which the recipe scales.
+    tunes_decay: Whether the other value is a weight decay, of the recipe's
+      candidates.
     is_applicable: Whether the recipe of a task can be trained with it.
   """
 
@@ -63,6 +65,7 @@ class Method(NamedTuple):
   eval_params: Callable[[Any, Any], Any] | None = None
   names: tuple[str, ...] = ('rho',)
   has_rho: bool = True
+  tunes_decay: bool = False
   is_applicable: Callable[[Any], bool] = lambda recipe: True
 
 
@@ -92,6 +95,15 @@ def tuned(run: Run, rho: chex.Numeric, weight_decay: chex.Numeric) -> Tx:
   """The same with another weight decay."""
   del rho
   return run.base_tx(weight_decay)
+
+
+def with_decay(wrap: Callable[..., Tx]) -> Callable[..., Tx]:
+  """Makes a method that takes another weight decay as well as rho."""
+
+  def make_tx(run, rho, weight_decay):
+    return wrap(run.base_tx(weight_decay), rho=rho, mask=run.mask)
+
+  return make_tx
 
 
 def make(
@@ -166,13 +178,28 @@ METHODS: dict[str, Method] = {
     'base, weight decay tuned',
     tuned,
     1,
-    # Replaced by those of the recipe.
-    candidates=(),
     names=('', 'weight decay'),
+    tunes_decay=True,
     second_gradient=False,
   ),
   'sam': Method('SAM', make(optax_asam.sam), 2, SAM),
+  'sam_tuned': Method(
+    'SAM, weight decay tuned',
+    with_decay(optax_asam.sam),
+    2,
+    radii(0.1, 0.2),
+    names=('rho', 'weight decay'),
+    tunes_decay=True,
+  ),
   'asam': Method('ASAM', make(optax_asam.asam), 2, ASAM),
+  'asam_tuned': Method(
+    'ASAM, weight decay tuned',
+    with_decay(optax_asam.asam),
+    2,
+    radii(0.5, 1.0),
+    names=('rho', 'weight decay'),
+    tunes_decay=True,
+  ),
   'momentum_asam': Method(
     'momentum ASAM',
     momentum,
@@ -218,7 +245,11 @@ METHODS: dict[str, Method] = {
 
 def candidates(method: Method, recipe: Any) -> list[tuple[float, float]]:
   """The candidates of a method for a recipe."""
-  if not method.candidates:
-    return [(0.0, decay) for decay in recipe.weight_decays]
   scale = recipe.rho_scale if method.has_rho else 1
-  return [(scale * rho, other) for rho, other in method.candidates]
+  scaled = [(scale * rho, other) for rho, other in method.candidates]
+  if not method.tunes_decay:
+    return scaled
+  decays = recipe.weight_decays
+  if len(scaled) > 1:  # Fewer of each, for as many candidates in all.
+    decays = decays[1:-1]
+  return [(rho, decay) for rho, _ in scaled for decay in decays]

@@ -54,8 +54,8 @@ class Recipe(NamedTuple):
   Attributes:
     model: The model.
     make_tx: Makes the base optimizer.
-    weight_decay: The weight decay of all methods but the one that tunes it.
-    weight_decays: The candidates of that one.
+    weight_decay: The weight decay of all methods but those that tune it.
+    weight_decays: The candidates of those.
     rho_scale: What the candidates for rho of all methods are multiplied by.
     batch_size: The number of examples of a step.
     has_normalization: Whether the model has normalization layers.
@@ -103,14 +103,14 @@ VIT = Recipe(
   model=vit.ViT(10),
   make_tx=adamw,
   weight_decay=1e-4,
-  weight_decays=(0.03, 0.1, 0.3, 1.0),
+  weight_decays=(0.1, 0.3, 1.0, 3.0),
   has_normalization=True,
 )
 CNN = Recipe(
   model=models.CNN(10, conv_general_dilated=vit.convolve),
   make_tx=sgd,
   weight_decay=5e-4,
-  weight_decays=(1e-3, 2e-3, 5e-3, 1e-2),
+  weight_decays=(2e-3, 5e-3, 1e-2, 2e-2),
   rho_scale=2.0,
 )
 
