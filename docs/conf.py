@@ -13,6 +13,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 REPOSITORY = 'https://github.com/optax-asam/optax_asam'
 # Files of the repository that are pages of the site.
 PAGES = {
+  **{
+    f'experiments/{path.name}': f'/evidence/{path.name}'
+    for path in (ROOT / 'experiments').glob('*.md')
+  },
   'CHANGELOG.md': '/changelog.md',
   'benchmarks/README.md': '/benchmarks.md',
   'experiments/README.md': '/evidence.md',

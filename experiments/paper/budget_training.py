@@ -146,7 +146,7 @@ class Trainer:
     chunk = steps_of(task, method)[2]
     # By what is traced: twice the epochs need no program of their own.
     key = (
-      *(id(task.recipe), method.make_tx, method.ascent_part),
+      *(task.recipe, method.make_tx, method.ascent_part),
       *(num_lanes, chunk),
     )
     if key not in self._programs:

@@ -36,7 +36,7 @@ from experiments.paper import budget_tasks
 from experiments.paper import fine_tuning_floors
 
 BATCH_SIZE = 16
-NUM_STEPS = 80
+NUM_STEPS = 48
 LORA_RANK = 8
 METHODS = {
   **fine_tuning_floors.FLOORS,

@@ -202,6 +202,41 @@ def tables(results: Results) -> dict[str, str]:
   }
 
 
+def draw_clean(results: Results) -> Figure:
+  """Test accuracies on clean labels, a panel for each model."""
+  rows = {**CLASSIFICATION}
+  for m, run in M_SHARPNESS.items():
+    rows |= {f'ASAM, groups of {m}': (run, 'asam')} if m.isdigit() else {}
+  figure = Figure(figsize=(7, 3.2), dpi=150, layout='constrained')
+  panels = figure.subplots(1, 2, sharey=True)
+  for axes, model in zip(panels, ('mlp', 'cnn'), strict=True):
+    for y, (run, method) in enumerate(rows.values()):
+      result = results.get(f'{model}-{run}')
+      if not result:
+        continue
+      accuracies = result['optimizers'][method]['test_accuracy']['per_seed']
+      mean, half_width = reporting.t_interval(100 * np.asarray(accuracies))
+      axes.errorbar(
+        *(mean, y),
+        xerr=half_width,
+        color=plotting.COLORS[method],
+        marker='o',
+        markersize=4,
+      )
+      if (run, method) == rows['SGD']:
+        axes.axvline(mean, color='#555555', linestyle=':', linewidth=1)
+    axes.set(
+      title=f'{model.upper()}, clean labels',
+      xlabel='Test accuracy (%)',
+      ylim=(len(rows) - 0.5, -0.5),
+      yticks=range(len(rows)),
+      yticklabels=rows,
+    )
+    axes.title.set_fontsize(10)
+    plotting.tidy(axes)
+  return figure
+
+
 def draw_noise(results: Results) -> Figure:
   """Test accuracy by label noise: the MLP, the CNN, and the paper's."""
   figure = Figure(figsize=(10, 3.2), dpi=150, layout='constrained')
@@ -294,6 +329,7 @@ def main(argv: Sequence[str]) -> None:
   print('\n\n'.join(tables(results).values()))
   args.out.mkdir(parents=True, exist_ok=True)
   for name, figure in (
+    ('clean', draw_clean(results)),
     ('noise', draw_noise(results)),
     ('study', draw_study(load_study())),
   ):

@@ -334,7 +334,7 @@ def finish(figure: Figure, axes: Axes, path: Path) -> None:
   """Labels the axes, gives them one scale, and writes the figure."""
   axes.set(xlabel='$w_1$', ylabel='$w_2$', aspect='equal')
   axes.spines[['top', 'right']].set_visible(False)
-  figure.savefig(path)
+  figure.savefig(path, format='png')
 
 
 def main(argv: Sequence[str]) -> None:

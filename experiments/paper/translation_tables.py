@@ -110,7 +110,7 @@ def search_table(results: Mapping[str, Any]) -> str:
 
 
 def make(results: Mapping[str, Any]) -> dict[str, str]:
-  """All tables in Markdown, by the name that experiments/README.md has."""
+  """All tables in Markdown, by the names that the page has."""
   return {
     'translation': table(results),
     **(

@@ -1,6 +1,5 @@
-"""Promise: the numbers of experiments/README.md are the recorded ones."""
+"""Promise: the numbers on the pages of experiments are the recorded ones."""
 
-import json
 import re
 import subprocess
 
@@ -8,63 +7,64 @@ import numpy as np
 
 from experiments import config
 from experiments.paper import budget
-from experiments.paper import budget_report
 from experiments.paper import correlation
 from experiments.paper import fine_tuning
 from experiments.paper import gains
 from experiments.paper import imagenet
+from experiments.paper import pages
 from experiments.paper import tables
-from experiments.paper import trajectories
 from experiments.paper import translation
 from experiments.paper import translation_floors
 from experiments.paper import translation_tables
-from tests.helpers import pages
+from tests.helpers import pages as documents
 
-PAGE = (tables.RESULTS.parent / 'README.md').read_text()
-# The tables of the page, by the name in the comment before each.
-SHOWN = dict(
-  re.findall(r'^<!-- table: (.*) -->\n((?:\|.*\n)+)', PAGE, re.MULTILINE)
+PAGE = '\n'.join(
+  path.read_text()
+  for path in pages.PAGES
+  if path.stem != 'compare'  # Of the program, not of what it measured.
 )
-
-
-def read(name):
-  """The recorded results of a program."""
-  return json.loads((tables.RESULTS / name / 'results.json').read_text())
-
-
+# The tables of the pages, by the name in the comment before each.
+SHOWN = dict(pages.TABLE.findall(PAGE))
 RUNS = tables.load(tables.RESULTS / 'comparisons')
-CORRELATION = read('correlation')
-TRAJECTORIES = read('trajectories')['trajectories']
+CORRELATION = pages.read('correlation')
+TRAJECTORIES = pages.read('trajectories')['trajectories']
 # Once it is recorded.
 TRANSLATION = (
-  [read('translation')] if translation_tables.RECORDED.exists() else []
+  [pages.read('translation')] if translation_tables.RECORDED.exists() else []
 )
 
 
-def test_tables():
-  """Each is what a program makes of the recorded results; none is unmarked."""
-  made = {
-    'trajectories': trajectories.table(TRAJECTORIES),
-    **correlation.tables(CORRELATION),
-    **tables.tables(RUNS),
-    **budget_report.tables(read('budget')),
-    'translation, paper': translation_tables.published_table(),
-    **{
-      k: v for x in TRANSLATION for k, v in translation_tables.make(x).items()
-    },
-  }
+def test_tables(tmp_path):
+  """Each is what the program makes of the results; none is unmarked."""
+  made = pages.make_tables()
   assert {name: table.rstrip('\n') for name, table in SHOWN.items()} == made
-  # One other table: that of old and new commands.
-  assert PAGE.count('\n| --- |') == len(made) + 1
+  # Two others: the list of pages, and that of old and new commands.
+  assert PAGE.count('\n| --- |') == len(made) + 2
+  page = '<!-- table: layers -->\n| old |\n\nText'
+  made = pages.remake(page, {'layers': '| new |'})
+  assert made == page.replace('old', 'new')
+
+
+def test_figures(tmp_path):
+  """All of them are drawn, and are those that the pages show."""
+  path = tmp_path / 'figure.png'
+  for write in pages.make_figures().values():
+    write(path)
+    assert path.read_bytes().startswith(b'\x89PNG')
+    path.unlink()
+  shown = set(re.findall(r'!\[.*?\]\(results/(.*?)\)', PAGE))
+  assert shown == set(pages.make_figures())
 
 
 def test_gains(tmp_path, capsys):
   """Gains are differences of the accuracies in the other tables."""
   gains.main(['--out', str(tmp_path)])
   printed = {
-    row[0]: row[1:] for row in pages.read_rows(capsys.readouterr().out)
+    row[0]: row[1:] for row in documents.read_rows(capsys.readouterr().out)
   }
-  accuracies = {row[0]: row[1:] for row in pages.read_rows(SHOWN['noise, CNN'])}
+  accuracies = {
+    row[0]: row[1:] for row in documents.read_rows(SHOWN['noise, CNN'])
+  }
   sgd, sam, asam = (float(cell.split(' ')[0]) for cell in accuracies['40 %'])
   base, *cells, momentum = printed['CNN, 10,000 images, 40 % label noise']
   assert float(base) == sgd
@@ -158,7 +158,7 @@ def test_commands():
       f'experiments.paper.{name}'
       for name in (
         *('comparisons', 'correlation', 'gains', 'tables'),
-        'trajectories',
+        *('pages', 'trajectories'),
       )
     ),
   }

@@ -1,0 +1,96 @@
+"""Makes the tables and figures of the pages again from the recorded results.
+
+::
+
+    python -m experiments.paper.pages
+
+Trains nothing. A table of a page is what follows ``<!-- table: NAME -->``.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import functools
+import json
+from pathlib import Path
+import re
+from typing import Any
+
+from experiments import cli
+from experiments.paper import budget_report
+from experiments.paper import correlation
+from experiments.paper import gains
+from experiments.paper import tables
+from experiments.paper import trajectories
+from experiments.paper import translation_tables
+from experiments.report import records
+
+RESULTS = tables.RESULTS
+PAGES = sorted(RESULTS.parent.glob('*.md'))
+TABLE = re.compile(r'^<!-- table: (.*) -->\n((?:\|.*\n)+)', re.MULTILINE)
+
+
+def read(name: str) -> Any:
+  """The recorded results of a program."""
+  return json.loads((RESULTS / name / 'results.json').read_text())
+
+
+def make_tables() -> dict[str, str]:
+  """All tables in Markdown, by name."""
+  made = {
+    'trajectories': trajectories.table(read('trajectories')['trajectories']),
+    'translation, paper': translation_tables.published_table(),
+    **correlation.tables(read('correlation')),
+    **tables.tables(tables.load(RESULTS / 'comparisons')),
+    **budget_report.tables(read('budget')),
+  }
+  if translation_tables.RECORDED.exists():  # Not recorded yet.
+    made.update(translation_tables.make(read('translation')))
+  return made
+
+
+def make_figures() -> dict[str, Callable[[Path], Any]]:
+  """What writes each figure to a file, by its path in the results."""
+
+  def write(draw, *args):
+    return lambda path: draw(*args).savefig(path, format='png')
+
+  recorded = read('trajectories')
+  compared = tables.load(RESULTS / 'comparisons')
+  return {
+    'trajectories/trajectories.png': functools.partial(
+      trajectories.write_trajectories, results=recorded['trajectories']
+    ),
+    'trajectories/balls.png': functools.partial(
+      trajectories.write_balls, results=recorded['balls']
+    ),
+    'correlation/correlation.png': write(correlation.draw, read('correlation')),
+    'comparisons/clean.png': write(tables.draw_clean, compared),
+    'comparisons/noise.png': write(tables.draw_noise, compared),
+    'study/study.png': write(tables.draw_study, tables.load_study()),
+    'budget/budget.png': write(budget_report.draw, read('budget')),
+    'gains.png': write(gains.draw, gains.settings()),
+  }
+
+
+def remake(page: str, made: dict[str, str]) -> str:
+  """A page with its tables made again."""
+  return TABLE.sub(
+    lambda match: f'<!-- table: {match[1]} -->\n{made[match[1]]}\n', page
+  )
+
+
+def main(argv: Sequence[str]) -> None:
+  """Writes the pages and the figures."""
+  cli.Parser(
+    prog='pages', description='Makes the tables and figures of the pages again.'
+  ).parse_args(argv)
+  made = make_tables()
+  for path in PAGES:
+    path.write_text(remake(path.read_text(), made))
+  for name, write in make_figures().items():
+    with records.replacing(RESULTS / name) as partial:
+      write(partial)
+
+
+if __name__ == '__main__':
+  cli.run(main)
