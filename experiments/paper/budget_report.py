@@ -73,16 +73,12 @@ def summarize(method: Mapping[str, Any]) -> dict[str, Any]:
   """The statistics of a method whose runs are all finished."""
   runs = method['runs']
   scores = mean_scores(method['search'])
-  values = list(runs[0]['values'])
-  rhos = sorted({rho for rho, _ in scores})
   return {
-    'values': values,
+    'values': list(runs[0]['values']),
     'candidates': [
       {'values': list(each), 'held_out_accuracy': score}
       for each, score in scores.items()
     ],
-    # With fewer than three of a value, every one is at an edge.
-    'at_edge': len(rhos) > 2 and values[0] in (rhos[0], rhos[-1]),
     **{
       name: reporting.summarize([run[name] for run in runs])
       for name in QUANTITIES
@@ -99,14 +95,17 @@ def cost(method: Mapping[str, Any]) -> float:
 def parameters(method: Mapping[str, Any]) -> str:
   """The values that were chosen; a star marks the ends of the candidates."""
   summary = method['summary']
-  if len(summary['candidates']) < 2:
-    return ''
-  star = '*' if summary['at_edge'] else ''
-  return ', '.join(
-    f'{name} {value:g}{star}'
-    for name, value in zip(method['names'], summary['values'], strict=False)
-    if name
-  )
+  tried = zip(*(each['values'] for each in summary['candidates']), strict=True)
+  parts = []
+  for name, value, values in zip(
+    method['names'], summary['values'], tried, strict=False
+  ):
+    others = sorted(set(values))
+    # With fewer than three of a value, every one is at an end.
+    star = '*' if len(others) > 2 and value in (others[0], others[-1]) else ''
+    if name and len(others) > 1:
+      parts.append(f'{name} {value:g}{star}')
+  return ', '.join(parts)
 
 
 def finished(task: Mapping[str, Any]) -> dict[str, Any]:
