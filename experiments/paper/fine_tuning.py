@@ -90,10 +90,10 @@ def make_tasks(model_dir: Path | None) -> dict[str, budget_tasks.Task]:
     batch_size=BATCH_SIZE,
   )
   recipes = {
-    'full': recipe(minilm.FineTuned(model_dir), adamw(1e-4)),
+    'full': recipe(minilm.FineTuned(model_dir), adamw(5e-5)),
     'lora': recipe(
       minilm.FineTuned(model_dir, lora_rank=LORA_RANK),
-      adamw(2e-3, minilm.is_trained),
+      adamw(3e-3, minilm.is_trained),
       mask=minilm.is_trained,
     ),
   }

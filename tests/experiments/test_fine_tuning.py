@@ -297,7 +297,7 @@ def test_lora(model_dir, name):
 
   base_tx = optax.chain(
     optax.clip_by_global_norm(1.0),
-    optax.adamw(optax.cosine_decay_schedule(2e-3, 6), weight_decay=0.01),
+    optax.adamw(optax.cosine_decay_schedule(3e-3, 6), weight_decay=0.01),
   )
   # The names of leaves of a flat dict say nothing about biases.
   adaptive = optax_asam.normalization.elementwise(
