@@ -38,7 +38,7 @@ SUMMARY = {
   'asam': ('`asam`', 2),
   'value_and_grad': ('`value_and_grad`', 2),
   'quarter_batch_ascent': ('`value_and_grad`, ascent on a quarter', 1.25),
-  'every_5': ('`asam` on every fifth step', 1.2),
+  'every_5': ('ASAM on every fifth step, in two jitted steps', 1.2),
   'momentum_asam': ('`momentum_asam`', 1),
   'torch_asam_authors': ("PyTorch, the authors' algorithm", 2),
   'torch_asam': ('PyTorch, `pytorch_optimizer.SAM`', 2),

@@ -29,7 +29,8 @@ if not TYPE_CHECKING:  # pragma: no branch
     """Names the import of a module that needs another library."""
     if name in ('equinox', 'nnx', 'plotting'):
       raise AttributeError(
-        f'optax_asam.{name} must be imported by name: import optax_asam.{name}'
+        f'optax_asam.{name} must be imported explicitly:'
+        f' import optax_asam.{name}'
       )
     raise AttributeError(f"module 'optax_asam' has no attribute {name!r}")
 

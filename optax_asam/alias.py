@@ -62,7 +62,7 @@ def asam(
       whether to take the second gradient on this update, as in
       :func:`sharpness_aware`.
     descent: A function from the clean and the perturbed gradient to the one
-      that is descended; by default the perturbed one.
+      passed to ``base_tx``; by default the perturbed one.
     axis_name: Name of the mapped axis over which gradients are averaged, as in
       :func:`sharpness_aware`.
     perturbed_dtype: The dtype in which w + eps is formed, as in
@@ -154,7 +154,7 @@ def sam(
     every_k: The second gradient is taken on updates 0, k, 2k, ...
     when: Whether to take the second gradient on an update.
     descent: A function from the clean and the perturbed gradient to the one
-      that is descended.
+      passed to ``base_tx``.
     axis_name: Name of the mapped axis over which gradients are averaged.
     perturbed_dtype: The dtype in which w + eps is formed.
 

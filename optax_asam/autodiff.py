@@ -36,8 +36,8 @@ def value_and_grad(
     (L(w), \nabla L(w + \epsilon)), \quad
     \epsilon = \rho \, \frac{T_w^2 \nabla L(w)}{\|T_w \nabla L(w)\|_2}
 
-  A drop-in replacement for :func:`jax.value_and_grad` with any optimizer and
-  trainer. The value and the auxiliary data are those of the clean pass, so
+  A drop-in replacement for :func:`jax.value_and_grad` with any optimizer. The
+  value and the auxiliary data are those of the clean pass, so
   BatchNorm statistics among them are updated once, from the unperturbed model;
   with ``ascent_fun``, they are those of the perturbed pass. The other
   arguments, such as a dropout key, are the same in both passes. For modules

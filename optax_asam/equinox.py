@@ -1,6 +1,6 @@
 r"""Equinox's ``filter_value_and_grad`` and ``filter_grad``, sharpness-aware.
 
-Import this module by name; ``import optax_asam`` does not import Equinox.
+Import this module explicitly; ``import optax_asam`` does not import Equinox.
 """
 
 from collections.abc import Callable

@@ -58,7 +58,7 @@ def looksam(
 
   On updates 0, k, 2k, ..., with the gradients g at w and :math:`\tilde g` at
   :math:`w + \epsilon`, where :math:`\epsilon` is the perturbation of
-  :func:`optax_asam.asam`, the descended gradient is :math:`g'`:
+  :func:`optax_asam.asam`, the gradient for ``base_tx`` is :math:`g'`:
 
   .. math::
     g' = \tilde g, \quad

@@ -1,6 +1,6 @@
 r"""Drop-in replacements for ``nnx.value_and_grad`` and ``nnx.grad`` of Flax.
 
-Import this module by name; ``import optax_asam`` does not import Flax.
+Import this module explicitly; ``import optax_asam`` does not import Flax.
 """
 
 from collections.abc import Callable

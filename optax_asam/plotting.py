@@ -1,7 +1,7 @@
 """Draws what :func:`optax_asam.sharpness.loss_along` returns, with Matplotlib.
 
-Import this module by name. It draws on the axes that it is given, and does not
-import Matplotlib itself: ``pip install matplotlib``.
+Import this module explicitly. It draws on the axes that it is given, and does
+not import Matplotlib itself: ``pip install matplotlib``.
 """
 
 from collections.abc import Mapping

@@ -24,7 +24,7 @@ class SharpnessAwareState(NamedTuple):
   Attributes:
     step: Number of updates so far, an int32 scalar.
     perturbed_value: The last L(w + eps) that was measured, a scalar of at least
-      float32: on updates that ``every_k`` or ``when`` skip, and with
+      float32: on updates that ``every_k`` or ``when`` skips, and with
       ``grad_fn`` instead of ``value_fn``, it keeps its value. Zero at first.
     ascent_state: State of the ascent.
   """
@@ -44,7 +44,7 @@ def sharpness_aware(
   axis_name: Hashable | None = None,
   perturbed_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Replaces the gradient by the gradient at perturbed parameters.
+  r"""Replaces the gradient with the gradient at perturbed parameters.
 
   .. math::
     g = \nabla L(w), \quad \epsilon = \mathrm{ascent}(g), \quad

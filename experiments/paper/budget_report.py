@@ -177,9 +177,9 @@ def table(task: Mapping[str, Any]) -> str:
 
 
 def tables(results: Mapping[str, Any]) -> dict[str, str]:
-  """The tables of the page in Markdown, by name."""
+  """The tables in Markdown, by task."""
   return {
-    f'budget, {name}': table(task)
+    name: table(task)
     for name, task in results['tasks'].items()
     if finished(task)
   }

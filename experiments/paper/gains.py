@@ -58,7 +58,7 @@ class Setting(NamedTuple):
 def settings() -> list[Setting]:
   """Everything recorded, clean labels first."""
   return sorted(
-    [*_compared(), *_studied(), *_budget()],
+    [*_compared(), *_studied(), *_raced()],
     key=lambda each: (each.noise, each.title),
   )
 
@@ -92,21 +92,22 @@ def _setting(title, result):
   )
 
 
-def _budget() -> Iterator[Setting]:
-  path = tables.RESULTS / 'budget' / 'results.json'
-  results = json.loads(path.read_text())
-  num_seeds = len(results['config']['seeds'])
-  for name, task in results['tasks'].items():
-    noise = results['config']['tasks'][name]['label_noise']
-    yield Setting(
-      f'{task["title"]}, {num_seeds} seeds',
-      noise,
-      {
-        method: 100 * np.asarray(found['summary']['test_accuracy']['per_seed'])
-        for method, found in task['methods'].items()
-        if 'summary' in found and method in {'base', *METHODS}
-      },
-    )
+def _raced() -> Iterator[Setting]:
+  for program in 'budget', 'fine_tuning':
+    path = tables.RESULTS / program / 'results.json'
+    results = json.loads(path.read_text())
+    num_seeds = len(results['config']['seeds'])
+    for name, task in results['tasks'].items():
+      metric = f'test_{task.get("metric", "accuracy")}'
+      yield Setting(
+        f'{task["title"]}, {num_seeds} seeds',
+        results['config']['tasks'][name]['label_noise'],
+        {
+          method: 100 * np.asarray(found['summary'][metric]['per_seed'])
+          for method, found in task['methods'].items()
+          if 'summary' in found and method in {'base', *METHODS}
+        },
+      )
 
 
 def _titled(title: str, noise: float) -> str:

@@ -41,8 +41,10 @@ def make_tables() -> dict[str, str]:
     'translation, paper': translation_tables.published_table(),
     **correlation.tables(read('correlation')),
     **tables.tables(tables.load(RESULTS / 'comparisons')),
-    **budget_report.tables(read('budget')),
   }
+  for name in 'budget', 'fine_tuning':
+    for task, table in budget_report.tables(read(name)).items():
+      made[f'{name}, {task}'] = table
   if translation_tables.RECORDED.exists():  # Not recorded yet.
     made.update(translation_tables.make(read('translation')))
   return made
@@ -67,7 +69,10 @@ def make_figures() -> dict[str, Callable[[Path], Any]]:
     'comparisons/clean.png': write(tables.draw_clean, compared),
     'comparisons/noise.png': write(tables.draw_noise, compared),
     'study/study.png': write(tables.draw_study, tables.load_study()),
-    'budget/budget.png': write(budget_report.draw, read('budget')),
+    **{
+      f'{name}/{name}.png': write(budget_report.draw, read(name))
+      for name in ('budget', 'fine_tuning')
+    },
     'gains.png': write(gains.draw, gains.settings()),
   }
 

@@ -32,7 +32,7 @@ def max_hessian_eigenvalue(
 
   by the Lanczos method from a random vector, with Hessian-vector products. At a
   minimum, where the gradient vanishes, the maximum that :func:`worst_case`
-  searches for with p = 2 (there with restarts) is :math:`\rho^2
+  searches for with p = 2 (with restarts) is :math:`\rho^2
   \lambda_{\max} / 2` for small :math:`\rho`. Three vectors of the size of
   ``params`` are kept: without reorthogonalization the method finds eigenvalues
   repeatedly, but the largest one stays correct.

@@ -32,3 +32,19 @@ def test_page(path):
   assert not re.search(r'\{[a-z:]+\}`', page), 'a role of Sphinx'
   directives = set(re.findall(r'^```+\{(.*?)\}', page, re.MULTILINE))
   assert directives <= {'toctree', 'eval-rst', 'include'}
+
+
+def test_repository_links():
+  """Those of notebooks and docstrings to files and headings of main."""
+  pattern = re.compile(
+    r'https://github\.com/optax-asam/optax_asam'
+    r'(?:/blob/main/([\w./]+\.\w+))?(?:#([\w-]+))?(?=[)\s`>])'
+  )
+  for folder, suffix in ('notebooks', '.ipynb'), ('optax_asam', '.py'):
+    for path in pages.ROOT.glob(f'{folder}/**/*{suffix}'):
+      for target, anchor in pattern.findall(path.read_text()):
+        linked = pages.ROOT / (target or 'README.md')
+        assert linked.exists(), f'{path.name}: {target}'
+        if anchor:
+          anchors = pages.anchors(linked.read_text())
+          assert anchor in anchors, f'{path.name}: {target}#{anchor}'
