@@ -26,6 +26,7 @@ R = TypeVar('R')
 Number = int | float | np.integer | np.floating
 Integer = int | np.integer
 
+# Of asam.
 _STATIC_ARGS = (
   "static_args=('base_tx', 'adaptive', 'ord', 'mask', 'ascent_steps', "
   "'every_k', 'when', 'descent', 'perturbed_dtype')"
@@ -42,9 +43,11 @@ def is_array(value: Any) -> bool:
 
 
 def dtype_of(value: Any) -> Any:
-  """The dtype of an array or a Python number."""
+  """The dtype that JAX gives an array or a Python number."""
   dtype = getattr(value, 'dtype', None)
-  return jnp.result_type(value) if dtype is None else dtype
+  if dtype is None or isinstance(value, (np.ndarray, np.generic)):
+    return jnp.result_type(value)
+  return dtype
 
 
 def is_float_array(value: Any) -> bool:
@@ -82,16 +85,22 @@ def path_name(path: Any) -> str:
   return f'params{jax.tree_util.keystr(path)}'
 
 
-def names(path: Any) -> tuple[Any, ...]:
-  """The names and indices on a key path, without attributes that wrap arrays.
-
-  A Flax NNX variable holds its array in ``value`` or ``raw_value``.
-  """
-  keys = (
+def keys(path: Any) -> tuple[Any, ...]:
+  """The names and indices on a key path."""
+  return tuple(
     getattr(entry, 'key', getattr(entry, 'name', getattr(entry, 'idx', None)))
     for entry in path
   )
-  return tuple(key for key in keys if key not in ('value', 'raw_value'))
+
+
+def names(path: Any) -> tuple[Any, ...]:
+  """The names and indices on a key path, without what wraps the array.
+
+  A Flax NNX variable holds its array in ``value`` or ``raw_value``. Elsewhere
+  on the path, these are names of layers.
+  """
+  found = keys(path)
+  return found[:-1] if found[-1:] in (('value',), ('raw_value',)) else found
 
 
 # Arguments of factories.
@@ -102,9 +111,9 @@ def check_static(name: str, value: Any) -> None:
   if is_array(value):
     raise TypeError(
       f'{name} must be known before tracing, but got the array {value}. Under'
-      f' optax.inject_hyperparams, name it in static_args:'
-      f' optax.inject_hyperparams(asam, {_STATIC_ARGS}); without'
-      f" 'adaptive' for sam."
+      f' optax.inject_hyperparams, name it in static_args, with all others of'
+      f' these that the function takes:'
+      f' optax.inject_hyperparams(asam, {_STATIC_ARGS}).'
     )
 
 
@@ -151,16 +160,30 @@ def check_no_schedule(rho: Any) -> None:
     )
 
 
+def checked_radius(value: Any) -> Any:
+  """``value``, from a schedule of rho, if it is a real scalar."""
+  is_integer = isinstance(value, Integer) or (
+    is_array(value) and jnp.issubdtype(value.dtype, jnp.integer)
+  )
+  if not (is_integer or is_float_array(value)) or jnp.shape(value):
+    raise TypeError(
+      f'rho must return a real scalar, but returned {describe(value)}. For'
+      f' example: rho=optax.linear_schedule(0.0, 0.5, 1000).'
+    )
+  return value
+
+
 def check_ord(value: Any) -> None:
-  """Raises unless ``value`` is the exponent of a norm, in (1, inf]."""
+  """Raises unless ``value`` is the exponent of a norm, in [1.001, inf]."""
   check_static('ord', value)
   write = 'For example: ord=2, ord=3 or ord=jnp.inf.'
   if isinstance(value, bool) or not isinstance(value, Number):
     raise TypeError(
-      f'ord must be a number in (1, inf], but got {value!r}. {write}'
+      f'ord must be a number in [1.001, inf], but got {value!r}. {write}'
     )
-  if not value > 1:  # NaN included.
-    raise ValueError(f'ord must be in (1, inf], but got {value!r}. {write}')
+  # Closer to 1, the powers |h|^q with 1 / ord + 1 / q = 1 underflow.
+  if not value >= 1.001:  # NaN included.
+    raise ValueError(f'ord must be in [1.001, inf], but got {value!r}. {write}')
 
 
 def check_count(name: str, value: Any) -> None:
@@ -422,11 +445,9 @@ def misfit_of_mask(mask: Any, params: optax.Params) -> ValueError:
 
 
 def check_selects_something(mask: Any) -> None:
-  """Raises if ``mask`` is a tree of bools that are all False."""
+  """Raises if all leaves of ``mask``, which are bools, are False."""
   leaves = jax.tree.leaves(mask)
-  if leaves and all(
-    isinstance(leaf, (bool, np.bool_)) and not leaf for leaf in leaves
-  ):
+  if leaves and not any(leaves):
     raise ValueError(
       f'mask selects nothing: {reprlib.repr(mask)} is False everywhere. Use'
       f' mask=None to select all leaves, or omit the transformation. If the'
@@ -447,8 +468,8 @@ def check_params(params: optax.Params) -> None:
     if is_masked(leaf):
       raise ValueError(
         f'{name} is an optax.MaskedNode: optax.masked or optax.partition'
-        f' around this transformation hides parameters from it. Put it inside:'
-        f' asam(optax.partition(...), mask=trainable) or'
+        f' around a transformation hides parameters from it. Put it inside,'
+        f' such as asam(optax.partition(...), mask=trainable) or'
         f' asam(optax.masked(...)).'
       )
     if not hasattr(leaf, 'dtype'):
@@ -462,8 +483,8 @@ def check_params(params: optax.Params) -> None:
     raise TypeError(
       f'{name} must be a floating array, but got dtype {leaf.dtype}. Pass'
       f' only the parameters that are trained by gradients, and a complex one'
-      f' as two real arrays. If params is the state of an optimizer, the order'
-      f' is tx.update(grads, state, params).'
+      f' as two real arrays. The order of the arguments of an update is'
+      f' tx.update(grads, state, params).'
     )
 
 
@@ -594,7 +615,7 @@ def check_one_function(functions: dict[str, Any]) -> tuple[str, Any]:
   """The only one of ``functions`` that is not None, with its name."""
   given = {name: fun for name, fun in functions.items() if fun is not None}
   if len(given) != 1:
-    got = f'both of {" and ".join(given)}' if given else 'neither'
+    got = ' and '.join(given) if given else 'neither'
     raise ValueError(
       f'Exactly one of grad_fn and value_fn must be given, but got {got}. Write'
       f' tx.update(grads, state, params, grad_fn=grad_fn) with grad_fn(params)'
@@ -615,7 +636,8 @@ def check_one_function(functions: dict[str, Any]) -> tuple[str, Any]:
 def check_grads(grads: Any, params: optax.Params) -> None:
   """Raises unless ``grads``, from ``grad_fn``, may be the gradient."""
   write = 'For example: grad_fn=jax.grad(loss_fn).'
-  if isinstance(grads, tuple) and type(grads) is not type(params):
+  is_like_params = jax.tree.structure(grads) == jax.tree.structure(params)
+  if type(grads) is tuple and len(grads) == 2 and not is_like_params:
     write = (
       'A function made by value_and_grad or with has_aux=True returns a tuple:'
       ' write grad_fn=jax.grad(loss_fn), or with auxiliary data'

@@ -104,7 +104,7 @@ def steepest_direction(h: Arrays, p: float) -> tuple[Arrays, Arrays]:
 
   Args:
     h: Arrays of one dtype, at least float32.
-    p: The exponent, in (1, inf].
+    p: The exponent, in [1.001, inf].
 
   Returns:
     Arrays x like ``h``, and bool arrays that broadcast to them: where these are
@@ -181,6 +181,12 @@ def guarded_root(x: jax.Array, tiny: float) -> tuple[jax.Array, jax.Array]:
   is_normal = (x > tiny) & (x < largest / 8)  # False for NaN.
   root = jnp.sqrt(jnp.where(is_normal, x, tiny))
   return root, root > math.sqrt(tiny)
+
+
+def guarded_norm(tree: Any) -> tuple[jax.Array, jax.Array]:
+  """The norm of a tree, and whether it is neither too small nor too large."""
+  squares = _trees.dot(tree, tree)
+  return guarded_root(squares, float(jnp.finfo(squares.dtype).tiny))
 
 
 # Jitted, so that jax_debug_infs does not see the threshold.

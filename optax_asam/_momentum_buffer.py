@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+from jax import core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -13,11 +14,16 @@ from optax_asam import _trees
 # Fields of Optax's states that hold an average of gradients.
 _NAMES = ('trace', 'mu')
 # The names on the path of a leaf within a field, and the leaf.
-_Field = list[tuple[tuple[Any, ...], Any]]
+_Field = list[tuple[tuple[str, ...], Any]]
 
 
-def fields(state: optax.OptState, names: tuple[str, ...]) -> list[_Field]:
-  """What ``state`` holds under one of ``names``, which may contain each other.
+def names(path: Any) -> tuple[str, ...]:
+  """The names on a key path; an index is one, as in Flax's state dicts."""
+  return tuple(map(str, _checks.names(path)))
+
+
+def fields(state: optax.OptState, wanted: tuple[str, ...]) -> list[_Field]:
+  """What ``state`` holds under the ``wanted`` names, also within each other.
 
   Paths are looked at, not types of nodes: a state may have become a tree of
   dictionaries, parameters may be named ``mu``, and arrays have a method
@@ -25,9 +31,9 @@ def fields(state: optax.OptState, names: tuple[str, ...]) -> list[_Field]:
   """
   found = {}
   for path, leaf in jax.tree.leaves_with_path(state):
-    path = _checks.names(path)
+    path = names(path)
     for i, name in enumerate(path, start=1):
-      if isinstance(name, str) and name in names:
+      if name in wanted:
         found.setdefault(path[:i], []).append((path[i:], leaf))
   return list(found.values())
 
@@ -37,7 +43,7 @@ def find(state: optax.OptState, params: optax.Params) -> list[optax.Params]:
   leaves, treedef = jax.tree.flatten_with_path(params)
   if not leaves:  # A placeholder of optax.tree.map_params, for example.
     return [params]
-  shapes = [(_checks.names(path), jnp.shape(leaf)) for path, leaf in leaves]
+  shapes = [(names(path), jnp.shape(leaf)) for path, leaf in leaves]
   return [
     treedef.unflatten(leaf for _, leaf in field)
     for field in fields(state, _NAMES)
@@ -65,11 +71,12 @@ def check_found(
   def small(w):
     return np.zeros([min(size, 2) for size in jnp.shape(w)])
 
-  def grad(w):  # Small, for clipping, and exact in 16 bits.
-    return random.choice([-3, -2, -1, 1, 2, 3], np.shape(w)) / 1024
+  def grad(zeros, w):  # So small that no clipping acts, and exact.
+    unit = 2.0 ** (-10 if _checks.dtype_of(w) == jnp.float16 else -20)
+    return unit * random.choice([-3, -2, -1, 1, 2, 3], np.shape(zeros))
 
   zeros = jax.tree.map(small, params)
-  grads = jax.tree.map(grad, zeros)
+  grads = jax.tree.map(grad, zeros, params)
   with jax.ensure_compile_time_eval():  # Under jit, too.
     as_params = lambda x, w: jnp.asarray(x, _checks.dtype_of(w))
     zeros = jax.tree.map(as_params, zeros, params)
@@ -79,14 +86,19 @@ def check_found(
         grads, base_tx.init(zeros), zeros, value=jnp.zeros([])
       )
       (momentum,) = find(state, zeros)
-      ratios = [
-        np.asarray(_trees.widen(m) / _trees.widen(g)).ravel()
-        for m, g in zip(
-          jax.tree.leaves(momentum), jax.tree.leaves(grads), strict=True
-        )
-      ]
     except Exception as error:
-      raise _checks.no_momentum('an update of small arrays failed') from error
+      raise _checks.no_momentum(
+        f'an update of small arrays failed ({type(error).__name__}:'
+        f' {str(error).partition(chr(10))[0]})'
+      ) from error
+    ratios = [
+      jnp.ravel(_trees.widen(m) / _trees.widen(g))
+      for m, g in zip(
+        jax.tree.leaves(momentum), jax.tree.leaves(grads), strict=True
+      )
+    ]
+  if any(isinstance(ratio, core.Tracer) for ratio in ratios):
+    return  # With a traced decay, only the structure is known.
   ratios = np.concatenate([np.empty(0), *ratios])
   if ratios.size and not 0 < ratios.max() <= 1.02 * ratios.min():
-    raise _checks.no_momentum('what it keeps is not an average of gradients')
+    raise _checks.no_momentum('what it keeps is not proportional to gradients')

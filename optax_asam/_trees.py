@@ -29,6 +29,11 @@ def widen(x: Any) -> jax.Array:
   return jnp.asarray(x, accumulator_dtype(x))
 
 
+def zeros_like(w: Any) -> jax.Array:
+  """Zeros like ``w`` in at least float32."""
+  return jnp.zeros_like(w, dtype=accumulator_dtype(w))
+
+
 def finite_ema(
   decay: jax.typing.ArrayLike, average: PyTree, grads: optax.Updates
 ) -> PyTree:
@@ -38,7 +43,7 @@ def finite_ema(
   masks out stay so.
   """
   grads = jax.tree.map(
-    lambda m, g: m if _checks.is_masked(m) else widen(g),
+    lambda m, g: m if _checks.is_masked(m) else jnp.asarray(g, m.dtype),
     average,
     grads,
     is_leaf=_checks.is_masked,
@@ -111,6 +116,13 @@ def resolve_mask(mask: Mask | None, params: optax.Params) -> PyTree:
   return selected
 
 
+def check_mask(mask: Mask | None) -> None:
+  """Raises unless ``mask`` may be one: not yet whether it fits."""
+  if not is_function(mask):
+    _checks.check_bools(mask)
+    _checks.check_selects_something(mask)
+
+
 def is_function(mask: Mask) -> bool:
   """Whether ``mask`` is a function from params to a mask.
 
@@ -130,14 +142,19 @@ def is_function(mask: Mask) -> bool:
 
 def _by_name(prefix: PyTree, params: optax.Params) -> PyTree | None:
   """``prefix`` matched to ``params`` by names, or None if it does not fit."""
+  # A name ``value`` at the end of a mask may be that of a layer, unless it is
+  # an attribute. In the mask, the wrapper of an array may be missing.
+  is_attribute = lambda path: isinstance(
+    path[-1] if path else None, jax.tree_util.GetAttrKey
+  )
   values = {
-    _checks.names(path): bool(leaf)
+    (_checks.names if is_attribute(path) else _checks.keys)(path): bool(leaf)
     for path, leaf in jax.tree.leaves_with_path(prefix)
   }
   used = set()
 
   def value(path, _):
-    path = _checks.names(path)
+    path = _checks.keys(path)
     for i in range(len(path) + 1):
       if path[:i] in values:
         used.add(path[:i])

@@ -51,7 +51,7 @@ def asam(
       ``adaptive`` is True.
     adaptive: True for element-wise normalization of all but biases, False for
       none (SAM), or a normalization such as ``normalization.filterwise(0.01)``.
-    ord: The exponent p of the ball, in (1, inf].
+    ord: The exponent p of the ball, in [1.001, inf].
     mask: Which leaves are perturbed: a pytree of bools with the structure of
       ``params`` or a prefix of it, a function from ``params`` to one, or None
       for all. The norm is taken over those leaves alone.

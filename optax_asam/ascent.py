@@ -35,7 +35,7 @@ def steepest_ascent(
     normalization: A function from ``params`` to :math:`T_w`, such as
       ``normalization.elementwise(eta=0.01)``: a pytree like ``params`` of
       non-negative arrays that broadcast to their parameter, or Python ones.
-    ord: The exponent p of the ball, in (1, inf].
+    ord: The exponent p of the ball, in [1.001, inf].
     mask: Which leaves are perturbed; the norm is taken over those alone. A
       pytree of bools with the structure of ``params`` or a prefix of it, a
       function from ``params`` to one, or None for all.
@@ -50,7 +50,7 @@ def steepest_ascent(
   Raises:
     TypeError: ``normalization`` is not a function of params, ``ord`` not a
       number, or a leaf of the mask not a bool.
-    ValueError: ``ord`` is not in (1, inf], the mask does not fit or selects
+    ValueError: ``ord`` is not in [1.001, inf], the mask does not fit or selects
       nothing, or ``update`` is called without ``params``.
 
   Examples:
@@ -122,7 +122,7 @@ def rho_ball(
     eta: The constant of element-wise normalization, if ``adaptive`` is True.
     adaptive: True for element-wise normalization, False for none, or a
       normalization.
-    ord: The exponent p of the ball, in (1, inf].
+    ord: The exponent p of the ball, in [1.001, inf].
     mask: Which leaves are perturbed, as in :func:`steepest_ascent`.
 
   Returns:
@@ -219,14 +219,12 @@ def friendly(
   _checks.check_below_one('decay', decay, '0.9')
 
   def init_fn(params):
-    return FriendlyState(
-      ema=jax.tree.map(lambda w: jnp.zeros_like(_trees.widen(w)), params)
-    )
+    return FriendlyState(ema=jax.tree.map(_trees.zeros_like, params))
 
   def update_fn(updates, state, params=None):
     del params
     direction = jax.tree.map(
-      lambda g, m: _trees.widen(g) - jnp.asarray(sigma, m.dtype) * m,
+      lambda g, m: jnp.asarray(g, m.dtype) - jnp.asarray(sigma, m.dtype) * m,
       updates,
       state.ema,
     )
@@ -247,7 +245,7 @@ def _unscaled_ascent(
   """
   _normalization.check('normalization', normalization)
   _checks.check_ord(ord)
-  _checks.check_selects_something(mask)
+  _trees.check_mask(mask)
 
   def init_fn(params):
     del params
@@ -278,7 +276,7 @@ def scale_by_rho(
     return ScaleByRhoState(step=jnp.zeros([], jnp.int32))
 
   def update_fn(updates, state, params=None):
-    radius = rho(state.step) if callable(rho) else rho
+    radius = _checks.checked_radius(rho(state.step)) if callable(rho) else rho
     eps = jax.tree.map(
       lambda e, w: (
         e

@@ -55,7 +55,7 @@ def value_and_grad(
     eta: The constant :math:`\eta \ge 0` of element-wise normalization.
     adaptive: True for element-wise normalization of all but biases, False for
       none (SAM), or a normalization such as ``normalization.filterwise(0.01)``.
-    ord: The exponent p of the ball, in (1, inf].
+    ord: The exponent p of the ball, in [1.001, inf].
     mask: Which leaves are perturbed, as in :func:`asam`. With several
       ``argnums`` it is a mask for the tuple of those arguments.
     ascent_steps: Number of ascent steps, each of which costs a gradient.
@@ -166,7 +166,7 @@ def grad(
     rho: The radius, a number or a traced scalar.
     eta: The constant of element-wise normalization.
     adaptive: True, False or a normalization.
-    ord: The exponent p of the ball, in (1, inf].
+    ord: The exponent p of the ball, in [1.001, inf].
     mask: Which leaves are perturbed.
     ascent_steps: Number of ascent steps.
     descent: A function from the clean and the perturbed gradient to the one

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_asam import _checks
+from optax_asam import _geometry
 from optax_asam import _trees
 
 Descent = Callable[[optax.Updates, optax.Updates], optax.Updates]
@@ -29,8 +30,9 @@ def gsam(alpha: chex.Numeric = 0.4) -> Descent:
 
   Returns:
     A function for the argument ``descent`` of :func:`optax_asam.asam`. Inner
-    products are taken over the whole tree, in at least float32. Where
-    :math:`\|\tilde g\|` is zero or not finite, it returns :math:`\tilde g`.
+    products are taken over the whole tree, in at least float32. If
+    :math:`\|\tilde g\|` is zero or not finite, or its square too small or too
+    large for the dtype, it returns :math:`\tilde g`.
 
   Raises:
     TypeError: ``alpha`` is not a real number.
@@ -49,15 +51,15 @@ def gsam(alpha: chex.Numeric = 0.4) -> Descent:
   _checks.check_scale('alpha', alpha, '0.4')
 
   def descent(grads, perturbed_grads):
-    squares = _trees.dot(perturbed_grads, perturbed_grads)
-    usable = (squares > 0) & jnp.isfinite(squares)
-    projection = _trees.dot(grads, perturbed_grads) / jnp.where(
-      usable, squares, 1
-    )
+    norm, usable = _geometry.guarded_norm(perturbed_grads)
+    # The length of the part of g along g~. It is not divided by the square of
+    # the norm, which XLA would simplify, as in `_geometry.guarded_root`.
+    length = _trees.dot(grads, perturbed_grads) / norm
 
     def leaf(g, h):
       h_wide = _trees.widen(h)
-      rejection = _trees.widen(g) - projection.astype(h_wide.dtype) * h_wide
+      projection = (length / norm).astype(h_wide.dtype)
+      rejection = _trees.widen(g) - projection * h_wide
       result = h_wide - jnp.asarray(alpha, h_wide.dtype) * rejection
       return jnp.where(usable, result, h_wide).astype(h.dtype)
 

@@ -55,7 +55,7 @@ def filter_value_and_grad(
     adaptive: True for element-wise normalization of all but biases, False for
       none (SAM), or a normalization, such as
       ``normalization.filterwise(0.01, axis=0)`` for Equinox's convolutions.
-    ord: The exponent p of the ball, in (1, inf].
+    ord: The exponent p of the ball, in [1.001, inf].
     mask: Which of the floating arrays are perturbed: a pytree of bools like the
       first argument or a prefix of it, or a function from its floating arrays,
       with None for everything else, to one.
@@ -182,7 +182,7 @@ def filter_grad(
     rho: The radius, a number or a traced scalar.
     eta: The constant of element-wise normalization.
     adaptive: True, False or a normalization.
-    ord: The exponent p of the ball, in (1, inf].
+    ord: The exponent p of the ball, in [1.001, inf].
     mask: Which of the floating arrays are perturbed.
     ascent_steps: Number of ascent steps.
     descent: A function from the clean and the perturbed gradient to the one

@@ -81,7 +81,7 @@ def looksam(
     every_k: The second gradient is taken on updates 0, k, 2k, ...
     alpha: The weight :math:`\alpha \ge 0` of the reused direction, a number or
       a traced scalar.
-    ord: The exponent p of the ball, in (1, inf].
+    ord: The exponent p of the ball, in [1.001, inf].
     mask: Which leaves are perturbed, as in :func:`optax_asam.asam`. The
       direction includes all leaves.
     axis_name: Name of the mapped axis over which gradients are averaged, as in
@@ -146,7 +146,7 @@ def looksam(
   )
 
   def init_fn(params):
-    direction = jax.tree.map(lambda w: jnp.zeros_like(_trees.widen(w)), params)
+    direction = jax.tree.map(_trees.zeros_like, params)
     return LookSAMState(
       **sharpness_aware.init(params)._asdict(), direction=direction
     )
@@ -173,8 +173,8 @@ def looksam(
       grads = _along(average(updates), state.direction, alpha)
       return grads, state.perturbed_value, state.direction
 
-    # As in `sharpness_aware`: a schedule of rho counts every update, and the
-    # perturbation is unused here, so it is not computed.
+    # As in `sharpness_aware`: a schedule of rho counts every update, and under
+    # jit, the perturbation is not computed, since nothing uses it here.
     _, ascent_state = ascent.update(updates, state.ascent_state, params)
     if every_k == 1:
       grads, value, direction = look()
@@ -197,7 +197,7 @@ def _direction(
   grads: optax.Updates, perturbed_grads: optax.Updates
 ) -> optax.Updates:
   """The part of g~ that is orthogonal to g, as a unit vector, or zero."""
-  g_norm, usable = _norm(grads)
+  g_norm, usable = _geometry.guarded_norm(grads)
   # The length of the part of g~ along g. It is not divided by the square of the
   # norm, which XLA would simplify, as in `_geometry.guarded_root`.
   length = _trees.dot(grads, perturbed_grads) / g_norm
@@ -207,7 +207,7 @@ def _direction(
     return h - (length / g_norm).astype(h.dtype) * _trees.widen(g)
 
   rejections = jax.tree.map(rejection, grads, perturbed_grads)
-  norm, is_normal = _norm(rejections)
+  norm, is_normal = _geometry.guarded_norm(rejections)
   # If g~ equals g but for rounding, as with rho = 0, what is left is noise, and
   # as a unit vector it would be as large as any signal.
   usable &= is_normal & (norm > _rounding(grads) * jnp.abs(length))
@@ -220,7 +220,7 @@ def _along(
   grads: optax.Updates, direction: optax.Updates, alpha: chex.Numeric
 ) -> optax.Updates:
   """Adds ``alpha * ||g||`` times the direction to g, in the dtypes of g."""
-  norm, usable = _norm(grads)
+  norm, usable = _geometry.guarded_norm(grads)
   length = jnp.asarray(alpha, norm.dtype) * norm
 
   def leaf(g, d):
@@ -235,12 +235,6 @@ def _along(
   return jax.tree.map(leaf, grads, direction)
 
 
-def _norm(tree: optax.Updates) -> tuple[jax.Array, jax.Array]:
-  """The norm of a tree, and whether it is neither too small nor too large."""
-  squares = _trees.dot(tree, tree)
-  return _geometry.guarded_root(squares, float(jnp.finfo(squares.dtype).tiny))
-
-
 def _rounding(grads: optax.Updates) -> float:
   """By how much two computations of one gradient may differ, relatively.
 
@@ -250,4 +244,4 @@ def _rounding(grads: optax.Updates) -> float:
   leaves = jax.tree.leaves(grads)
   last_places = [float(jnp.finfo(_checks.dtype_of(g)).eps) for g in leaves]
   accumulator = float(jnp.finfo(_trees.accumulator_dtype(*leaves)).eps)
-  return max(100 * accumulator, *last_places)
+  return max([100 * accumulator, *last_places])

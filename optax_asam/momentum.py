@@ -70,7 +70,7 @@ def momentum_asam(
       ``adaptive`` is True.
     adaptive: True for element-wise normalization of all but biases, False for
       none, or a normalization such as ``normalization.filterwise(0.01)``.
-    ord: The exponent p of the ball, in (1, inf].
+    ord: The exponent p of the ball, in [1.001, inf].
     mask: Which leaves are perturbed, as in :func:`asam`.
     momentum: The decay :math:`0 \le \beta < 1` of an average of gradients,
       :math:`m_{t + 1} = \beta m_t + (1 - \beta) g_t`, that is kept in addition
@@ -123,7 +123,7 @@ def momentum_asam(
   normalization = _normalization.of(eta, adaptive)
   scale = _ascent.scale_by_rho(rho)
   _checks.check_ord(ord)
-  _checks.check_selects_something(mask)
+  _trees.check_mask(mask)
   if momentum is not None:
     _checks.check_scale('momentum', momentum, '0.9')
     _checks.check_below_one('momentum', momentum, '0.9')
@@ -238,7 +238,7 @@ def eval_params(opt_state: Any, params: optax.Params) -> optax.Params:
     [3. 4.]
   """
   leaves, treedef = jax.tree.flatten_with_path(params)
-  leaves = [(_checks.names(path), w) for path, w in leaves]
+  leaves = [(_momentum_buffer.names(path), w) for path, w in leaves]
   shapes = {path: jnp.shape(w) for path, w in leaves}
   found = [
     dict(field)
@@ -260,7 +260,7 @@ def _zeros(params: optax.Params, mask: _trees.Mask | None) -> optax.Updates:
     return params
   return jax.tree.map(
     lambda is_selected, w: (
-      jnp.zeros_like(_trees.widen(w)) if is_selected else optax.MaskedNode()
+      _trees.zeros_like(w) if is_selected else optax.MaskedNode()
     ),
     _trees.resolve_mask(mask, params),
     params,

@@ -65,7 +65,7 @@ def value_and_grad(
     eta: The constant :math:`\eta \ge 0` of element-wise normalization.
     adaptive: True for element-wise normalization of all but biases, False for
       none (SAM), or a normalization such as ``normalization.filterwise(0.01)``.
-    ord: The exponent p of the ball, in (1, inf].
+    ord: The exponent p of the ball, in [1.001, inf].
     mask: Which of the differentiated variables are perturbed: a pytree of bools
       like their ``nnx.State`` or a prefix of it, or a function from it to one.
       With several ``argnums`` it is a mask for the tuple of those states.
@@ -194,7 +194,7 @@ def grad(
     rho: The radius, a number or a traced scalar.
     eta: The constant of element-wise normalization.
     adaptive: True, False or a normalization.
-    ord: The exponent p of the ball, in (1, inf].
+    ord: The exponent p of the ball, in [1.001, inf].
     mask: Which variables are perturbed.
     ascent_steps: Number of ascent steps.
     descent: A function from the clean and the perturbed gradient to the one

@@ -172,8 +172,7 @@ def _is_position(name: Any) -> bool:
 
 def _parent(tree: Any, path: Any) -> Any:
   """The node that holds a leaf, or None if keys do not lead to it."""
-  *path, _ = [entry for entry in path if _checks.names([entry])] or [None]
-  for entry in path:
+  for entry in path[: len(_checks.names(path)) - 1]:
     try:
       if isinstance(entry, jax.tree_util.GetAttrKey):
         tree = getattr(tree, entry.name)
@@ -362,7 +361,7 @@ def of(eta: chex.Numeric, adaptive: bool | Normalization) -> Normalization:
 def _masked(operator, eta, mask) -> Normalization:
   """``operator(w) + eta`` at the leaves that ``mask`` selects, 1 elsewhere."""
   _checks.check_scale('eta', eta, '0.01')
-  _checks.check_selects_something(mask)
+  _trees.check_mask(mask)
 
   def leaf(selected, w):
     if not selected:

@@ -269,22 +269,22 @@ def _value_and_grad_fn(
   The gradient has the dtypes of ``updates``.
   """
   name, function = _checks.check_one_function(functions)
-  kwargs = _keywords_of(function, extra_args)
 
-  def value_fn(params):
-    value = function(params, **kwargs)
-    _checks.check_scalar(name, value)
-    return value
+  def of_grad_fn(params):
+    grads = function(params)
+    _checks.check_grads(grads, params)
+    return None, optax.tree.cast_like(grads, updates)
 
-  def value_and_grad_fn(params):
-    if name == 'grad_fn':
-      value, grads = None, function(params)
-      _checks.check_grads(grads, params)
-    else:
-      value, grads = jax.value_and_grad(value_fn)(params)
+  def of_value_fn(params):
+    def value_fn(params):
+      value = function(params, **_keywords_of(function, extra_args))
+      _checks.check_scalar(name, value)
+      return value
+
+    value, grads = jax.value_and_grad(value_fn)(params)
     return value, optax.tree.cast_like(grads, updates)
 
-  return value_and_grad_fn
+  return of_grad_fn if name == 'grad_fn' else of_value_fn
 
 
 def _keywords_of(

@@ -23,6 +23,7 @@ from benchmarks import models
 from benchmarks import steps
 from optax_asam import asam
 from optax_asam import ascent
+from optax_asam import descent
 from optax_asam import looksam
 from optax_asam import normalization
 from optax_asam import sam
@@ -229,6 +230,13 @@ CASES = {
     passes=4,
     bytes=1.7,
     temporaries=2.2,
+  ),
+  'gsam': Case(
+    of(asam(SGD, descent=descent.gsam(0.4))),
+    instructions=2.4,
+    passes=2.2,
+    bytes=1.4,
+    temporaries=1.6,
   ),
   'pieces': Case(of(optax.chain(sharpness_aware(STEEPEST), SGD))),
 }

@@ -1,11 +1,13 @@
 """Promise: GSAM, WSAM and F-SAM follow the equations of their papers."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+import optax_asam
 from optax_asam import asam
 from optax_asam import ascent
 from optax_asam import descent
@@ -121,6 +123,18 @@ def test_inner_products_in_float32():
   assert got.dtype == jnp.float16
   np.testing.assert_allclose(got, gsam_by_hand(g, h, 0.5), rtol=1e-3)
   assert got[0] > h[0]
+
+
+def test_state_keeps_its_dtype(x64):
+  """A float64 gradient of float32 parameters does not change the state's."""
+  params = jnp.zeros(2, jnp.float32)
+  for tx in (
+    ascent.friendly(),
+    optax_asam.momentum_asam(optax.sgd(0.1), momentum=0.9),
+  ):
+    state = tx.init(params)
+    _, new_state = tx.update(jnp.ones(2, jnp.float64), state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, new_state)
 
 
 def test_friendly_skips_non_finite_gradients():

@@ -93,7 +93,7 @@ KEYWORDS = [
   *each_scale('alpha'),
   *each_count('every_k'),
   *each_count('ascent_steps'),
-  *each(ValueError, 'ord', (1, 0.5, 0, -2, np.nan, -np.inf), '{} & ord=2'),
+  *each(ValueError, 'ord', (1, 1.0001, 0.5, 0, np.nan, -np.inf), '{} & ord=2'),
   *each(TypeError, 'ord', ('inf', 'fro', None, True), '{} & ord=2'),
   *each(
     TypeError,
@@ -189,6 +189,14 @@ TYPE_ERRORS = [
   (lambda: optax_asam.grad(loss_fn, 0.5), 'argnums & 0.5 & rho=0.5'),
   (lambda: optax_asam.grad(loss_fn, True), 'argnums & True'),
   (lambda: asam(SGD, when=10), 'when & 10 & when=lambda step:'),
+  *[
+    (
+      lambda radius=radius: good_update(asam(SGD, rho=lambda step: radius)),
+      f'rho must return & {got} & schedule',
+    )
+    for radius, got in ((jnp.ones(1), '(1,)'), (None, 'NoneType'))
+  ],
+  (lambda: asam(SGD, mask={'dense': 1}), "mask['dense'] & 1 & mask="),
   (
     lambda: good_update(asam(SGD, when=lambda step: step)),
     'when & int32 & when=lambda step:',
@@ -255,7 +263,10 @@ VALUE_ERRORS = [
     'grad_fn=grad_fn & value_fn=value_fn & neither & apply_gradients'
     ' & optax_asam.value_and_grad',
   ),
-  (lambda: good_update(value_fn=loss_fn), 'grad_fn=grad_fn & both'),
+  (
+    lambda: good_update(value_fn=loss_fn, obj_fn=loss_fn),
+    'grad_fn=grad_fn & got grad_fn and value_fn and obj_fn',
+  ),
   (lambda: good_update(grads={'dense': {'kernel': 1.0}}), f'grads & {BIAS}'),
   (
     lambda: good_update(grads=jax.tree.map(jnp.sum, PARAMS)),
@@ -315,6 +326,9 @@ def test_result_of_grad_fn_for_a_tuple():
     update(tx, params, params, grad_fn=lambda p: (p[0], p[1][:1]))
   assert 'params[1]' in str(info.value)
   assert 'has_aux' not in str(info.value)
+  value_and_grad = jax.value_and_grad(lambda p: jnp.sum(p[0]))
+  with pytest.raises(ValueError, match='has_aux'):
+    update(tx, params, params, grad_fn=value_and_grad)
 
 
 @pytest.mark.parametrize(

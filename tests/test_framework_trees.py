@@ -267,6 +267,38 @@ def test_masks(make_params, biases, norms, zero_biases):
   assert names(mask, True) == set(norms.split())
 
 
+class ActorCritic(nnx.Module):
+  """Two heads, one of which is called as NNX calls the array of a variable."""
+
+  def __init__(self):
+    self.fc, self.value = Head(), Head()
+
+
+class Head(nnx.Module):
+  """A layer."""
+
+  def __init__(self):
+    self.fc = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+
+
+def test_layer_called_value():
+  """Masks by name tell it from the other one, whole or as a prefix."""
+  params = nnx.state(ActorCritic(), nnx.Param)
+  layer = lambda selected: {'kernel': selected, 'bias': selected}
+  for mask in (
+    {'fc': True, 'value': False},
+    {'fc': {'fc': layer(True)}, 'value': {'fc': layer(False)}},
+    {'fc': {'fc': True}, 'value': False},
+  ):
+    t = normalization.elementwise(0.5, mask=mask)(params)
+    selected = {
+      path_name(path)
+      for path, x in jax.tree.leaves_with_path(t)
+      if not isinstance(x, int)
+    }
+    assert selected == {'fc/fc/kernel', 'fc/fc/bias'}
+
+
 @pytest.mark.parametrize(
   'params',
   [

@@ -230,6 +230,27 @@ def test_no_momentum(name):
   assert jax.tree.structure(state.momentum) == jax.tree.structure(params)
 
 
+def test_traced_decay():
+  """Its value is not looked at, and the error of another update is shown."""
+  params = make_params()
+  init = lambda decay: momentum_asam(optax.sgd(0.1, decay)).init(params)
+  expected = momentum_asam(SGD).init(params)
+  assert_same_bits(jax.jit(init)(0.9), expected)
+  assert jnp.shape(jax.vmap(init)(jnp.ones(2)).perturbation['bias'])[0] == 2
+  with pytest.raises(ValueError, match=r'small arrays failed \(\w+: .+\)'):
+    momentum_asam(NOT_FOUND['needs arguments']).init(params)
+
+
+@pytest.mark.parametrize(
+  'before', [optax.adaptive_grad_clip(0.01), optax.clip(1e-3)]
+)
+def test_clipping_inside(before):
+  """However small the bound, what is kept is an average of gradients."""
+  for dtype in ('float32', 'bfloat16'):
+    params = jax.tree.map(lambda w: w.astype(dtype), make_params())  # noqa: B023
+    momentum_asam(optax.chain(before, SGD)).init(params)
+
+
 def test_momentum_of_arrays():
   """Parameters may be a single array, which has a method ``trace``, or none."""
   (w, state) = train(
@@ -423,6 +444,24 @@ def test_eval_params_of_dictionaries():
   clean = eval_params(state, looped)
   assert error(clean['perturbation'], looped['perturbation']) > 1e-2
   assert_same_bits(clean['mu'], looped['mu'])
+  saved = serialization.to_state_dict(state)
+  assert_same_bits(eval_params(saved, looped), clean)
+
+
+def test_eval_params_of_layers():
+  """Layers may be called ``value``, and be in a list that became a dict."""
+  serialization = pytest.importorskip('flax.serialization')
+  params = {
+    'dense': jnp.array([1.0, 2.0]),
+    'value': {'dense': jnp.array([3.0, 5.0])},
+    'stack': [jnp.ones(2), jnp.ones(3)],
+  }
+  tx = momentum_asam(SGD, 0.5)
+  updates, state = tx.update(params, tx.init(params), params)
+  looped = optax.apply_updates(params, updates)
+  clean = jax.tree.map(jnp.subtract, looped, state.perturbation)
+  assert error(clean, looped) > 1e-2
+  assert_same_bits(eval_params(state, looped), clean)
   saved = serialization.to_state_dict(state)
   assert_same_bits(eval_params(saved, looped), clean)
 

@@ -16,6 +16,7 @@ import pytest
 from optax_asam import asam
 from optax_asam import ascent
 from optax_asam import looksam
+from optax_asam import momentum_asam
 from optax_asam import sam
 from optax_asam import sharpness_aware
 from tests.helpers.cases import ASCENTS
@@ -114,6 +115,28 @@ def retyped(base, tx, params):
     (params, tx.init(params)),
   )
   return changed
+
+
+@pytest.mark.parametrize(
+  'tx',
+  [
+    asam(optax.sgd(0.1)),
+    looksam(optax.sgd(0.1)),
+    momentum_asam(optax.sgd(0.1, 0.9)),
+  ],
+)
+def test_unusual_trees(tx):
+  """Parameters may be none, shapes, or of NumPy, whose float64 is float32."""
+  grads_of = lambda params: jax.tree.map(jnp.asarray, params)
+  step = lambda params: tx.update(
+    grads_of(params), tx.init(params), params, grad_fn=grads_of
+  )
+  assert step({})[0] == {}
+  shapes = jax.eval_shape(tx.init, {'w': np.ones(2)})
+  state = tx.init({'w': jax.ShapeDtypeStruct((2,), jnp.float32)})
+  chex.assert_trees_all_equal_shapes_and_dtypes(state, shapes)
+  params = {'w': np.array([1.0, 2.0])}
+  assert step(params)[0]['w'].dtype == jnp.float32
 
 
 @pytest.mark.parametrize('dtypes', DTYPES)

@@ -341,6 +341,19 @@ def test_apgd(x64, p, steps):
     assert abs(rise / expected - 1) < 1e-9
 
 
+def test_eigenvalue_after_the_end():
+  """Rounding errors are not taken for another vector of Lanczos."""
+  hessian = jnp.diag(jnp.array([3.0, 2.0, 2.0, -1.0]))
+  value = max_hessian_eigenvalue(
+    lambda w: w @ hessian @ w / 2,
+    jnp.ones(4),
+    jax.random.key(0),
+    normalization=normalization.identity(),
+    steps=200,
+  )
+  assert abs(value - 3) < 3e-6
+
+
 def test_eigenvalue_of_one_dimension():
   """The zeros after the last vector of Lanczos are no eigenvalues."""
   params = {'w': np.array([2.0])}

@@ -4,8 +4,9 @@ r"""Sharpness as a measure: how far the loss rises around given parameters.
 :math:`\|T_w^{-1} \epsilon\|_p \le \rho`; these functions search the ball,
 average over it, or measure the curvature in it. With a normalization for which
 :math:`T_w` follows a rescaling of the weights, such as ``elementwise(eta=0,
-mask=None)``, all three are invariant to rescalings that leave the network's
-function unchanged.
+mask=None)``, these measures are invariant to rescalings that leave the
+network's function unchanged. :func:`loss_along` evaluates the loss along given
+directions.
 """
 
 from optax_asam.sharpness._average_case import average_case

@@ -107,7 +107,7 @@ def check_arguments(
   _checks.check_no_schedule(rho)
   _checks.check_scale('rho', rho, '0.5')
   _normalization.check('normalization', normalization)
-  _checks.check_selects_something(mask)
+  _trees.check_mask(mask)
   _checks.check_perturbed_dtype(perturbed_dtype)
 
 

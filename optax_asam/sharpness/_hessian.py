@@ -124,15 +124,18 @@ def _max_eigenvalue(
   current, _ = _normalize(start)
   zeros = [jnp.zeros_like(x) for x in start]
   carry = zeros, current, jnp.zeros([], start[0].dtype)
+  # It ends after as many steps as dimensions, if not before.
+  steps = min(steps, max(1, sum(x.size for x in start)))
   _, coefficients = jax.lax.scan(step, carry, length=steps)
   alphas, betas = map(jnp.asarray, coefficients)
-  # After as many steps as dimensions, the recurrence ends. The zeros that
-  # follow are not eigenvalues; they are replaced by a number in their range.
-  has_ended = jnp.cumsum(betas[:-1] == 0) > 0
+  # Once only rounding errors are left, the recurrence has ended. What follows
+  # is replaced by a number in the range.
+  size = jnp.maximum(jnp.abs(alphas), betas).max()
+  rounding = 10 * float(jnp.finfo(betas.dtype).eps) * size
+  has_ended = jnp.cumsum(betas[:-1] <= rounding) > 0
   alphas = alphas.at[1:].set(jnp.where(has_ended, alphas[0], alphas[1:]))
-  tridiagonal = (
-    jnp.diag(alphas) + jnp.diag(betas[:-1], 1) + jnp.diag(betas[:-1], -1)
-  )
+  betas = jnp.where(has_ended, 0, betas[:-1])
+  tridiagonal = jnp.diag(alphas) + jnp.diag(betas, 1) + jnp.diag(betas, -1)
   return jnp.linalg.eigvalsh(tridiagonal)[-1]
 
 
