@@ -31,10 +31,9 @@ def floor(title: str, *values: float) -> budget_methods.Method:
   )
 
 
-FLOORS = {
-  'bag_of_words': floor('bag of words', 10.0, 100.0, 1e3, 1e4),
-  'probe': floor('frozen, a linear probe', 10.0, 100.0, 1e3, 1e4),
-}
+BAG_OF_WORDS = floor('bag of words', 10.0, 100.0, 1e3, 1e4)
+PROBE = floor('frozen, a linear probe', 10.0, 100.0, 1e3, 1e4)
+FLOORS = {'bag_of_words': BAG_OF_WORDS, 'probe': PROBE}
 
 
 class Trainer(budget_training.Trainer):
