@@ -281,10 +281,10 @@ def test_program(installed, tmp_path, monkeypatch, capsys, method, least):
   monkeypatch.setattr(cells, 'NUM_HELD_OUT', 20)
   monkeypatch.setattr(fine_tuning_images, 'NUM_STEPS', 16)
   out = tmp_path / 'out'
+  same = [f'--out={out}', '--seeds=1', '--search-seeds=1']
   argv = [
-    *(f'--out={out}', '--task=images', f'--data-dir={tmp_path / "cells"}'),
-    *('--tasks=cells-500', f'--methods={method}', '--seeds=1'),
-    '--search-seeds=1',
+    *(*same, '--task=images', f'--data-dir={tmp_path / "cells"}'),
+    *('--tasks=cells-500', f'--methods={method}'),
   ]
   fine_tuning.main(argv)
   before = (out / 'results.json').read_bytes()
@@ -297,6 +297,6 @@ def test_program(installed, tmp_path, monkeypatch, capsys, method, least):
   # Nothing of e-mails is needed to refuse the folder.
   monkeypatch.setattr(fine_tuning_texts, 'versions', lambda model_dir: {})
   with pytest.raises(SystemExit):
-    fine_tuning.main([f'--out={out}', '--task=spam'])
+    fine_tuning.main([*same, '--task=spam'])
   assert 'holds results of other settings' in capsys.readouterr().err
   assert (out / 'results.json').read_bytes() == before
