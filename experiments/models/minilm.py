@@ -12,13 +12,11 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from experiments.models import fine_tuned
 from experiments.models import minilm_weights
 
 PAD = 0
-# At once; the attention of more would need much memory.
-EMBED_BATCH = 128
 # Of what LoRA updates in each block, as in the paper of LoRA.
 ADAPTED = ('query', 'value')
 
@@ -67,7 +65,7 @@ class Encoder(nnx.Module):
   def __init__(
     self, config: minilm_weights.Config, lora_rank: int, rngs: nnx.Rngs
   ):
-    width = config.hidden_size
+    self.width = width = config.hidden_size
     self.word = nnx.Embed(config.vocab_size, width, rngs=rngs)
     self.position = nnx.Embed(config.max_position_embeddings, width, rngs=rngs)
     self.norm = nnx.LayerNorm(width, epsilon=config.layer_norm_eps, rngs=rngs)
@@ -86,29 +84,8 @@ class Encoder(nnx.Module):
     return jnp.einsum('nld,nl->nd', x, weights)
 
 
-class Classifier(nnx.Module):
-  """Logits from embeddings."""
-
-  def __init__(
-    self,
-    config: minilm_weights.Config,
-    num_classes: int,
-    lora_rank: int,
-    rngs: nnx.Rngs,
-  ):
-    self.encoder = Encoder(config, lora_rank, rngs)
-    self.head = nnx.Linear(config.hidden_size, num_classes, rngs=rngs)
-
-  def __call__(self, pieces: jax.Array) -> jax.Array:
-    """Maps pieces [n, length] to logits [n, num_classes]."""
-    return self.head(self.encoder(pieces))
-
-
-class FineTuned:
-  """A classifier with the interface of a Flax linen module, and its weights.
-
-  Parameters are plain dicts. The pretrained weights are read when they are
-  first needed.
+class FineTuned(fine_tuned.FineTuned):
+  """A classifier of texts, with pretrained weights.
 
   Args:
     folder: Of ``config.json`` and ``model.safetensors``; None for that of the
@@ -120,68 +97,12 @@ class FineTuned:
   def __init__(
     self, folder: Path | None, num_classes: int = 2, lora_rank: int = 0
   ):
-    self._folder, self._num_classes = folder, num_classes
-    self._lora_rank = lora_rank
-
-  def _make(self, rngs):
-    config, _ = minilm_weights.read(self._folder)
-    return Classifier(config, self._num_classes, self._lora_rank, rngs)
-
-  @functools.cached_property
-  def _split(self):
-    """The structure, and the state without values."""
-    return nnx.split(nnx.eval_shape(lambda: self._make(nnx.Rngs(0))))
-
-  def init(self, key: jax.Array, pieces: Any) -> dict[str, Any]:
-    """The pretrained weights, and a random head and random updates."""
-    del pieces
-    params = nnx.to_pure_dict(nnx.state(self._make(nnx.Rngs(key)), nnx.Param))
-    _, weights = minilm_weights.read(self._folder)
-    replace(params['encoder'], weights)
-    return {'params': params}
-
-  def apply(
-    self,
-    variables: dict[str, Any],
-    pieces: Any,
-    *,
-    train: bool = False,
-    mutable: Any = False,
-  ) -> Any:
-    """The logits, with an empty state if there is anything ``mutable``."""
-    del train
-    logits = _merge(*self._split, variables['params'])(pieces)
-    return logits if mutable is False else (logits, {})
-
-  def embed(self, pieces: Any) -> np.ndarray:
-    """The embeddings [n, width] of the pretrained encoder."""
-    config, weights = minilm_weights.read(self._folder)
-    parts = []
-    for i in range(0, len(pieces), EMBED_BATCH):
-      part = np.asarray(pieces[i : i + EMBED_BATCH])
-      # Filled, so that one program does for all.
-      filled = np.pad(
-        part,
-        [(0, EMBED_BATCH - len(part)), (0, 0)],
-        constant_values=PAD + 1,
-      )
-      parts.append(np.asarray(_embed(config, weights, filled))[: len(part)])
-    return np.concatenate(parts)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(config, weights, pieces):
-  graphdef, abstract = nnx.split(
-    nnx.eval_shape(lambda: Encoder(config, 0, nnx.Rngs(0)))
-  )
-  return _merge(graphdef, abstract, weights)(pieces)
-
-
-def _merge(graphdef, abstract, params):
-  """A module of this structure with these parameters."""
-  state = jax.tree.map(lambda x: x, abstract)
-  nnx.replace_by_pure_dict(state, params)
-  return nnx.merge(graphdef, state)
+    read = lambda: minilm_weights.read(folder)
+    super().__init__(
+      lambda rngs: Encoder(read()[0], lora_rank, rngs),
+      lambda: read()[1],
+      num_classes,
+    )
 
 
 def is_trained(params: Any) -> Any:
@@ -192,12 +113,3 @@ def is_trained(params: Any) -> Any:
     return names[0] == 'head' or names[-1].startswith('lora_')
 
   return jax.tree_util.tree_map_with_path(of_path, params)
-
-
-def replace(params: dict[str, Any], weights: dict[str, Any]) -> None:
-  """Puts ``weights`` into ``params``, which may have others besides."""
-  for name, value in weights.items():
-    if isinstance(value, dict):
-      replace(params[name], value)
-    else:
-      params[name] = jnp.asarray(value)

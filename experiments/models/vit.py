@@ -99,8 +99,20 @@ def convolve(
     The result, [n, new height, new width, new channels].
   """
   del options
+  columns = jnp.concatenate(
+    windows(images, kernel.shape[:2], strides, padding), axis=-1
+  )
+  return columns @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def windows(
+  images: jax.Array,
+  size: Sequence[int],
+  strides: Sequence[int],
+  padding: Sequence[tuple[int, int]],
+) -> list[jax.Array]:
+  """What each element of a kernel of this size sees, row by row."""
   x = jnp.pad(images, [(0, 0), *padding, (0, 0)])
-  size = kernel.shape[:2]
   new_size = [
     (x.shape[axis + 1] - size[axis]) // strides[axis] + 1 for axis in (0, 1)
   ]
@@ -112,6 +124,4 @@ def convolve(
     )
     return x[:, rows, columns]
 
-  windows = [window(i, j) for i in range(size[0]) for j in range(size[1])]
-  columns = jnp.concatenate(windows, axis=-1)
-  return columns @ kernel.reshape(-1, kernel.shape[-1])
+  return [window(i, j) for i in range(size[0]) for j in range(size[1])]

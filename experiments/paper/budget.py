@@ -122,9 +122,13 @@ def read(
 
 
 def agree(before: Any, now: Any) -> bool:
-  """Whether settings are equal, except for tasks and methods of one of them."""
+  """Whether settings are equal, except for tasks and methods of one of them.
+
+  Without a task that is in both, they are of other programs.
+  """
   if isinstance(before, dict) and isinstance(now, dict):
-    return all(agree(before[key], now[key]) for key in {*before} & {*now})
+    common = {*before} & {*now}
+    return bool(common) and all(agree(before[key], now[key]) for key in common)
   return before == now
 
 

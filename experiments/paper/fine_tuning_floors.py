@@ -31,10 +31,9 @@ def floor(title: str, *values: float) -> budget_methods.Method:
   )
 
 
-FLOORS = {
-  'bag_of_words': floor('bag of words', 10.0, 100.0, 1e3, 1e4),
-  'probe': floor('frozen, a linear probe', 10.0, 100.0, 1e3, 1e4),
-}
+BAG_OF_WORDS = floor('bag of words', 10.0, 100.0, 1e3, 1e4)
+PROBE = floor('frozen, a linear probe', 10.0, 100.0, 1e3, 1e4)
+FLOORS = {'bag_of_words': BAG_OF_WORDS, 'probe': PROBE}
 
 
 class Trainer(budget_training.Trainer):
@@ -71,7 +70,8 @@ class Trainer(budget_training.Trainer):
     ).fit(featurize(task, train), train.labels)
 
     def predict(split):
-      scores = classifier.predict_log_proba(featurize(task, split))
+      with np.errstate(divide='ignore'):  # A probability of zero.
+        scores = classifier.predict_log_proba(featurize(task, split))
       # Of classes that the drawn examples have not.
       log_p = np.full((len(scores), self._dataset.num_classes), -1e3)
       log_p[:, classifier[-1].classes_] = np.maximum(scores, -1e3)

@@ -93,7 +93,7 @@ def _setting(title, result):
 
 
 def _raced() -> Iterator[Setting]:
-  for program in 'budget', 'fine_tuning':
+  for program in 'budget', 'fine_tuning_spam':
     path = tables.RESULTS / program / 'results.json'
     results = json.loads(path.read_text())
     num_seeds = len(results['config']['seeds'])

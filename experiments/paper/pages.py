@@ -42,7 +42,7 @@ def make_tables() -> dict[str, str]:
     **correlation.tables(read('correlation')),
     **tables.tables(tables.load(RESULTS / 'comparisons')),
   }
-  for name in 'budget', 'fine_tuning':
+  for name in 'budget', 'fine_tuning_spam':
     for task, table in budget_report.tables(read(name)).items():
       made[f'{name}, {task}'] = table
   if translation_tables.RECORDED.exists():  # Not recorded yet.
@@ -71,7 +71,7 @@ def make_figures() -> dict[str, Callable[[Path], Any]]:
     'study/study.png': write(tables.draw_study, tables.load_study()),
     **{
       f'{name}/{name}.png': write(budget_report.draw, read(name))
-      for name in ('budget', 'fine_tuning')
+      for name in ('budget', 'fine_tuning_spam')
     },
     'gains.png': write(gains.draw, gains.settings()),
   }

@@ -29,6 +29,7 @@ from experiments.models import minilm_weights
 from experiments.paper import budget_lanes
 from experiments.paper import fine_tuning
 from experiments.paper import fine_tuning_floors
+from experiments.paper import fine_tuning_texts
 import optax_asam
 from tests.helpers.support import error
 
@@ -264,7 +265,7 @@ def test_lora(model_dir, name):
     rng.integers(0, 2, 32, np.int32),
   )
   dataset = data.Dataset(2, split, split, split)
-  task = fine_tuning.make_tasks(model_dir)['spam-128-lora']
+  task = fine_tuning_texts.make_tasks(model_dir)['spam-128-lora']
   task = task._replace(train_size=32, epochs=3)
   trainer = fine_tuning_floors.Trainer(dataset, max_lanes=1)
   lane = budget_lanes.Lane(0, (0.5, 0.0))
@@ -380,7 +381,7 @@ def test_program(model_dir, tmp_path, monkeypatch, capsys):
   write_package(tmp_path, texts)
   monkeypatch.setattr(mails, 'NUM_TEST', 20)
   monkeypatch.setattr(mails, 'NUM_HELD_OUT', 15)
-  monkeypatch.setattr(fine_tuning, 'NUM_STEPS', 8)
+  monkeypatch.setattr(fine_tuning_texts, 'NUM_STEPS', 8)
   names = 'bag_of_words', 'probe', 'base', 'asam'
   argv = [
     *(f'--out={tmp_path / "out"}', f'--data-dir={tmp_path}', '--seeds=2'),
