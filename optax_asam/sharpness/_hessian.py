@@ -124,8 +124,8 @@ def _max_eigenvalue(
   current, _ = _normalize(start)
   zeros = [jnp.zeros_like(x) for x in start]
   carry = zeros, current, jnp.zeros([], start[0].dtype)
-  # It ends after as many steps as dimensions, if not before.
-  steps = min(steps, max(1, sum(x.size for x in start)))
+  # It ends after as many steps as dimensions, were it not for rounding errors.
+  steps = min(steps, max(1, 2 * sum(x.size for x in start)))
   _, coefficients = jax.lax.scan(step, carry, length=steps)
   alphas, betas = map(jnp.asarray, coefficients)
   # Once only rounding errors are left, the recurrence has ended. What follows

@@ -137,12 +137,17 @@ def test_table():
 
 
 def test_caption():
-  """The losses that the caption of the picture compares."""
+  """The accuracies and losses that the caption of the picture compares."""
   name = 'experiments/results/budget/results.json'
   recorded = json.loads((pages.ROOT / name).read_text())
   methods = recorded['tasks']['vit-2000']['methods']
-  tuned, asam = (
-    methods[method]['summary']['test_loss']['mean']
-    for method in ('base_tuned', 'asam')
-  )
-  assert f'test loss is {tuned:.2f} with it, and {asam:.2f} with' in README
+  for quantity, text in (
+    ('test_accuracy', '{1:.1%}, compared with {0:.1%} for the tuned base'),
+    ('test_loss', 'a test loss of {1:.2f}, compared with {0:.2f}'),
+  ):
+    means = (
+      methods[method]['summary'][quantity]['mean']
+      for method in ('base_tuned', 'asam_tuned')
+    )
+    expected = text.format(*means).replace('%', ' %')
+    assert expected in ' '.join(README.split())
