@@ -18,7 +18,7 @@ GradFn = Callable[[optax.Params], optax.Updates]
 ValueAndGradFn = Callable[[optax.Params], tuple[Any, optax.Updates]]
 
 
-def second_gradient(
+def estimator(
   rho: chex.Numeric,
   eta: chex.Numeric,
   adaptive: bool | _normalization.Normalization,
@@ -28,16 +28,17 @@ def second_gradient(
   ascent_steps: int,
   descent: _descent.Descent | None,
   perturbed_dtype: Any,
+  has_ascent_fun: bool,
 ) -> Callable[..., tuple[Any, optax.Updates]]:
-  """The function that takes the gradient at perturbed parameters.
+  """The function that takes both gradients.
 
   The arguments are those of :func:`optax_asam.value_and_grad`, which keeps no
   state between calls, so it cannot count updates for a schedule of ``rho``.
 
   Returns:
-    A function of ``params``, the gradient there, ``ascent_grad_fn`` for further
-    ascent steps, and ``value_and_grad_fn`` for the last pass (by default
-    ``ascent_grad_fn``, without a value). It returns the value of the last pass,
+    A function of ``params``, ``value_and_grad_fn`` for the pass that is kept,
+    and ``ascent_grad_fn`` for all others. The former is the clean pass, or the
+    last one if another function is ascended. It returns the value of that pass,
     or what came with it, and the sharpness-aware gradient.
   """
   _checks.check_no_schedule(rho)
@@ -46,10 +47,14 @@ def second_gradient(
 
   def take(
     params: optax.Params,
-    grads: optax.Updates,
+    value_and_grad_fn: ValueAndGradFn,
     ascent_grad_fn: GradFn,
-    value_and_grad_fn: ValueAndGradFn | None = None,
   ) -> tuple[Any, optax.Updates]:
+    out = None
+    if has_ascent_fun:
+      grads = ascent_grad_fn(params)
+    else:
+      out, grads = value_and_grad_fn(params)
     state = ascent.init(params)
 
     def ascend(grads):
@@ -63,10 +68,10 @@ def second_gradient(
       ascent_steps=ascent_steps,
       perturbed_dtype=perturbed_dtype,
     )
-    if value_and_grad_fn is None:
-      out, perturbed_grads = None, ascent_grad_fn(perturbed_params)
-    else:
+    if has_ascent_fun:
       out, perturbed_grads = value_and_grad_fn(perturbed_params)
+    else:
+      perturbed_grads = ascent_grad_fn(perturbed_params)
     perturbed_grads = optax.tree.cast_like(perturbed_grads, grads)
     if descent is not None:
       perturbed_grads = transform.descend(descent, grads, perturbed_grads)

@@ -95,7 +95,7 @@ def value_and_grad(
   """
   _checks.check_function('fun', fun, 'value_and_grad(loss_fn, rho=0.5)')
   _checks.check_argnums(argnums)
-  second_gradient = _estimator.second_gradient(
+  estimate = _estimator.estimator(
     rho,
     eta,
     adaptive,
@@ -104,6 +104,7 @@ def value_and_grad(
     ascent_steps=ascent_steps,
     descent=descent,
     perturbed_dtype=perturbed_dtype,
+    has_ascent_fun=ascent_fun is not None,
   )
 
   ascent_fun_ = _checks.checked_ascent_fun(fun, ascent_fun, has_aux)
@@ -125,13 +126,7 @@ def value_and_grad(
     params = _select(args, argnums)
     _checks.check_not_module(params)
     _checks.check_params(params)
-    if ascent_fun is None:
-      out, grads = value_and_grad_at(params)
-      _, grads = second_gradient(params, grads, ascent_grad_at)
-      return out, grads
-    return second_gradient(
-      params, ascent_grad_at(params), ascent_grad_at, value_and_grad_at
-    )
+    return estimate(params, value_and_grad_at, ascent_grad_at)
 
   return value_and_grad_fn
 

@@ -99,7 +99,7 @@ def filter_value_and_grad(
     Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021, algorithm 1.
   """
   _checks.check_function('fun', fun, 'filter_value_and_grad(loss_fn, rho=0.5)')
-  second_gradient = _estimator.second_gradient(
+  estimate = _estimator.estimator(
     rho,
     eta,
     adaptive,
@@ -108,6 +108,7 @@ def filter_value_and_grad(
     ascent_steps=ascent_steps,
     descent=descent,
     perturbed_dtype=perturbed_dtype,
+    has_ascent_fun=ascent_fun is not None,
   )
   value_and_grad_pass = eqx.filter_value_and_grad(fun, has_aux=has_aux)
   ascent_grad_pass = eqx.filter_grad(
@@ -143,13 +144,7 @@ def filter_value_and_grad(
       grads = ascent_grad_pass(eqx.combine(params, static), *args, **kwargs)
       return grads[0] if has_aux else grads
 
-    if ascent_fun is None:
-      out, grads = value_and_grad_at(params)
-      _, grads = second_gradient(params, grads, ascent_grad_at)
-      return out, grads
-    return second_gradient(
-      params, ascent_grad_at(params), ascent_grad_at, value_and_grad_at
-    )
+    return estimate(params, value_and_grad_at, ascent_grad_at)
 
   return value_and_grad_fn
 

@@ -114,7 +114,7 @@ def value_and_grad(
   """
   _checks.check_function('f', f, 'value_and_grad(loss_fn, rho=0.5)')
   _check_argnums(argnums)
-  second_gradient = _estimator.second_gradient(
+  estimate = _estimator.estimator(
     rho,
     eta,
     adaptive,
@@ -123,6 +123,7 @@ def value_and_grad(
     ascent_steps=ascent_steps,
     descent=descent,
     perturbed_dtype=perturbed_dtype,
+    has_ascent_fun=ascent_fun is not None,
   )
   value_and_grad_pass = nnx.value_and_grad(f, argnums=argnums, has_aux=has_aux)
   ascent_grad_pass = nnx.grad(
@@ -150,16 +151,11 @@ def value_and_grad(
       grads = ascent_grad_pass(*args, **kwargs)
       return grads[0] if has_aux else grads
 
-    if ascent_fun is None:
-      out, grads = value_and_grad_pass(*args, **kwargs)
-      _, grads = second_gradient(params, grads, ascent_grad_at)
-      return out, grads
     try:
-      return second_gradient(
-        params, ascent_grad_at(params), ascent_grad_at, value_and_grad_at
-      )
+      return estimate(params, value_and_grad_at, ascent_grad_at)
     finally:
-      put(params)
+      if ascent_fun is not None:  # The modules hold w + eps.
+        put(params)
 
   return value_and_grad_fn
 
