@@ -106,10 +106,11 @@ def test_recorded():
 
 
 def test_figures(tmp_path, capsys):
-  """The program draws the means of both figures."""
+  """The program prints the tables and draws the figures."""
   tables.main([f'--out={tmp_path}'])
   assert '| MLP, label noise |' in capsys.readouterr().out
   assert {path.name for path in tmp_path.iterdir()} == {
+    'clean.png',
     'noise.png',
     'study.png',
   }

@@ -16,6 +16,7 @@ from experiments.paper import tables
 from experiments.paper import translation
 from experiments.paper import translation_floors
 from experiments.paper import translation_tables
+from experiments.report import reporting
 from tests.helpers import pages as documents
 
 PAGE = '\n'.join(
@@ -95,6 +96,14 @@ def facts():
   ]
   yield from (f'{x(taus):.2f}' for x in (min, max))
   yield f'{translation_floors.NEAR:g}'
+  methods = pages.read('budget')['tasks']['vit-2000']['methods']
+  per_seed = {
+    name: 100 * np.array(method['summary']['test_accuracy']['per_seed'])
+    for name, method in methods.items()
+  }
+  for name in 'asam_tuned', 'sam_tuned':
+    more = reporting.t_interval(per_seed[name] - per_seed['base_tuned'])
+    yield from (f'{x:.2f}' for x in more)
   for each in CORRELATION['differences']:
     yield f'{abs(each["mean_over_settings"]["tau"]):.2f}'
 
