@@ -228,7 +228,7 @@ def draw(results: Mapping[str, Any]) -> Figure:
     ylim=(len(titles) - 0.5, -0.5),
     yticks=range(len(titles)),
     yticklabels=[
-      f'{title} ({by_title[title]:g} gradient{"s"[: by_title[title] > 1]})'
+      f'{title} ({by_title[title]:g} gradient{"s"[: by_title[title] != 1]})'
       for title in titles
     ],
   )
