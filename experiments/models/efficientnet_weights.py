@@ -4,7 +4,6 @@ PyTorch reads that file, once: the weights are then kept as safetensors.
 """
 
 import functools
-import hashlib
 import importlib
 from pathlib import Path
 from typing import Any
@@ -31,12 +30,7 @@ def read(folder: Path | None) -> dict[str, Any]:
   Raises:
     archives.DataError: A package is missing, or a file is damaged.
   """
-  try:
-    from safetensors import numpy as safetensors
-  except ImportError as error:
-    raise archives.DataError(
-      "the package safetensors is missing: pip install -e '.[fine-tuning]'."
-    ) from error
+  safetensors = archives.needed('safetensors.numpy')
   path = (folder or archives.CACHE) / WEIGHTS
   if not path.exists():
     tensors = {
@@ -62,12 +56,7 @@ def digest(folder: Path | None) -> str:
     archives.DataError: As in :func:`read`.
   """
   read(folder)
-  return f'sha256:{_sha256((folder or archives.CACHE) / WEIGHTS)}'
-
-
-def _sha256(path: Path) -> str:
-  with path.open('rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
+  return f'sha256:{archives.sha256((folder or archives.CACHE) / WEIGHTS)}'
 
 
 def _published(folder: Path) -> dict[str, Any]:
@@ -77,7 +66,7 @@ def _published(folder: Path) -> dict[str, Any]:
     f'put {WEIGHTS}, as it is made on another machine, into {folder}',
   )
   path /= PUBLISHED
-  found = _sha256(path) if path.exists() else None
+  found = archives.sha256(path) if path.exists() else None
   if found != SHA256:
     raise archives.DataError(
       f'{path} must have the SHA-256 {SHA256}, but has {found}. Install the'

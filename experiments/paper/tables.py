@@ -25,6 +25,8 @@ from optax_asam import plotting
 
 RESULTS = Path(__file__).parents[1] / 'results'
 METHODS = ('sgd', 'sam', 'asam')
+# The results that ``budget_report`` reports.
+RACES = ('budget', 'fine_tuning_spam')
 
 # Kwon et al., 2021: accuracies of a WRN-28-10 on CIFAR-10 and CIFAR-100, SGD
 # with twice the epochs.
@@ -88,6 +90,11 @@ def load(folder: Path) -> Results:
     for path in sorted(folder.glob('*/results.json'))
   }
   return {name: each for name, each in results.items() if each['complete']}
+
+
+def read(name: str) -> Any:
+  """The recorded results of a program."""
+  return json.loads((RESULTS / name / 'results.json').read_text())
 
 
 def load_study() -> list[dict[str, Any]]:

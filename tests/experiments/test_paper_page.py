@@ -4,6 +4,7 @@ import re
 import subprocess
 
 import numpy as np
+import pytest
 
 from experiments import config
 from experiments.paper import budget
@@ -27,34 +28,35 @@ PAGE = '\n'.join(
 # The tables of the pages, by the name in the comment before each.
 SHOWN = dict(pages.TABLE.findall(PAGE))
 RUNS = tables.load(tables.RESULTS / 'comparisons')
-CORRELATION = pages.read('correlation')
-TRAJECTORIES = pages.read('trajectories')['trajectories']
+CORRELATION = tables.read('correlation')
+TRAJECTORIES = tables.read('trajectories')['trajectories']
 # Once it is recorded.
 TRANSLATION = (
-  [pages.read('translation')] if translation_tables.RECORDED.exists() else []
+  [tables.read('translation')] if translation_tables.RECORDED.exists() else []
 )
 
 
-def test_tables(tmp_path):
-  """Each is what the program makes of the results; none is unmarked."""
+def test_tables():
+  """Each is what the program makes of the results, as are the figures."""
   made = pages.make_tables()
   assert {name: table.rstrip('\n') for name, table in SHOWN.items()} == made
   # Two others: the list of pages, and that of old and new commands.
   assert PAGE.count('\n| --- |') == len(made) + 2
+  shown = set(re.findall(r'!\[.*?\]\(results/(.*?)\)', PAGE))
+  assert shown == set(pages.make_figures())
   page = '<!-- table: layers -->\n| old |\n\nText'
   made = pages.remake(page, {'layers': '| new |'})
   assert made == page.replace('old', 'new')
 
 
+@pytest.mark.slow
 def test_figures(tmp_path):
-  """All of them are drawn, and are those that the pages show."""
+  """All of them are drawn."""
   path = tmp_path / 'figure.png'
   for write in pages.make_figures().values():
     write(path)
     assert path.read_bytes().startswith(b'\x89PNG')
     path.unlink()
-  shown = set(re.findall(r'!\[.*?\]\(results/(.*?)\)', PAGE))
-  assert shown == set(pages.make_figures())
 
 
 def test_gains(tmp_path, capsys):
@@ -96,7 +98,7 @@ def facts():
   ]
   yield from (f'{x(taus):.2f}' for x in (min, max))
   yield f'{translation_floors.NEAR:g}'
-  methods = pages.read('budget')['tasks']['vit-2000']['methods']
+  methods = tables.read('budget')['tasks']['vit-2000']['methods']
   per_seed = {
     name: 100 * np.array(method['summary']['test_accuracy']['per_seed'])
     for name, method in methods.items()
