@@ -60,8 +60,8 @@ def check_found(
 
   The states of SGD and of ``rmsprop`` with momentum look the same, but the
   latter averages negative, preconditioned updates. So the optimizer takes one
-  update of a small tree with the structure of ``params``: what it then holds
-  must be a positive multiple of the gradient.
+  update of a small tree with the structure of ``params``: what the gradient
+  adds to the momentum must be a positive multiple of it.
   """
   count = len(find(state, params))
   if count != 1:
@@ -71,31 +71,33 @@ def check_found(
   def small(w):
     return np.zeros([min(size, 2) for size in jnp.shape(w)])
 
-  def grad(zeros, w):  # So small that no clipping acts, and exact.
-    unit = 2.0 ** (-10 if _checks.dtype_of(w) == jnp.float16 else -20)
-    return unit * random.choice([-3, -2, -1, 1, 2, 3], np.shape(zeros))
+  def grad(zeros):  # So small that no clipping acts, and exact.
+    return 2.0**-20 * random.choice([-3, -2, -1, 1, 2, 3], zeros.shape)
 
   zeros = jax.tree.map(small, params)
-  grads = jax.tree.map(grad, zeros, params)
+  grads = jax.tree.map(grad, zeros)
   with jax.ensure_compile_time_eval():  # Under jit, too.
-    as_params = lambda x, w: jnp.asarray(x, _checks.dtype_of(w))
-    zeros = jax.tree.map(as_params, zeros, params)
-    grads = jax.tree.map(as_params, grads, params)
-    try:
+    dtypes = jax.tree.map(_trees.accumulator_dtype, params)
+    zeros = jax.tree.map(jnp.asarray, zeros, dtypes)
+    grads = jax.tree.map(jnp.asarray, grads, dtypes)
+
+    def momentum(grads):
       _, state = base_tx.update(
         grads, base_tx.init(zeros), zeros, value=jnp.zeros([])
       )
-      (momentum,) = find(state, zeros)
+      (found,) = find(state, zeros)
+      return jax.tree.leaves(jax.tree.map(_trees.widen, found))
+
+    try:
+      found, without = momentum(grads), momentum(zeros)
     except Exception as error:
       raise _checks.no_momentum(
         f'an update of small arrays failed ({type(error).__name__}:'
         f' {str(error).partition(chr(10))[0]})'
       ) from error
-    ratios = [
-      jnp.ravel(_trees.widen(m) / _trees.widen(g))
-      for m, g in zip(
-        jax.tree.leaves(momentum), jax.tree.leaves(grads), strict=True
-      )
+    ratios = [  # Yogi begins with a momentum that is not zero.
+      jnp.ravel((m - m_0) / g)
+      for m, m_0, g in zip(found, without, jax.tree.leaves(grads), strict=True)
     ]
   if any(isinstance(ratio, core.Tracer) for ratio in ratios):
     return  # With a traced decay, only the structure is known.

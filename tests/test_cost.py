@@ -237,6 +237,7 @@ CASES = {
     passes=2.2,
     bytes=1.4,
     temporaries=1.6,
+    scalars=3,  # with two inner products
   ),
   'pieces': Case(of(optax.chain(sharpness_aware(STEEPEST), SGD))),
 }

@@ -182,7 +182,7 @@ NOT_FOUND = {
     pytest.param(
       name,
       marks=[pytest.mark.slow]
-      * (name not in ('sgd', 'adamw', 'lamb', 'reduce_on_plateau')),
+      * (name not in ('sgd', 'adamw', 'lamb', 'reduce_on_plateau', 'yogi')),
     )
     for name in FOUND
   ],
