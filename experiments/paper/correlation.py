@@ -35,10 +35,9 @@ from experiments import cli
 from experiments import data
 from experiments.paper import equal_loss
 from experiments.paper import rank_correlation
+from experiments.paper import sharpness_measures as measures
 from experiments.report import records
 from experiments.report import reporting
-from optax_asam import normalization
-from optax_asam import sharpness
 
 # All combinations are trained. With larger learning rates or more dropout,
 # small batches do not reach the target.
@@ -55,25 +54,6 @@ MAX_EPOCHS = 300
 # Sharpness is measured on POINTS training examples; each batch of them has its
 # own perturbation.
 POINTS, BATCH = 1024, 128
-STEPS, RESTARTS, SAMPLES = 20, 1, 20
-# Without eta and with biases normalized too, the measure is invariant under
-# rescaling.
-INVARIANT = {'eta': 0.0, 'mask': None}
-NORMALIZATIONS = {
-  'sharpness': normalization.identity(),
-  'adaptive sharpness': normalization.elementwise(**INVARIANT),
-}
-# The middle radius is the one reported first.
-RADII: dict[tuple[str, str, float], tuple[float, float, float]] = {
-  ('sharpness', 'worst', 2): (0.02, 0.05, 0.1),
-  ('sharpness', 'worst', np.inf): (2e-4, 5e-4, 1e-3),
-  ('sharpness', 'average', 2): (0.002, 0.005, 0.01),
-  ('sharpness', 'average', np.inf): (0.005, 0.01, 0.02),
-  ('adaptive sharpness', 'worst', 2): (0.2, 0.5, 1.0),
-  ('adaptive sharpness', 'worst', np.inf): (0.005, 0.01, 0.02),
-  ('adaptive sharpness', 'average', 2): (0.05, 0.1, 0.2),
-  ('adaptive sharpness', 'average', np.inf): (0.1, 0.2, 0.4),
-}
 # The settings of a run that is not finished, in --out.
 CONFIG = 'config.json'
 # One for each dropout rate (Okabe and Ito).
@@ -81,11 +61,6 @@ COLORS = ('#0072b2', '#e69f00', '#d55e00')
 
 # Maps stacked parameters and a radius to a value for each network.
 Quantity = Callable[[optax.Params, float], jax.Array]
-
-
-def measure_name(name: str, case: str, ord: float, rho: float) -> str:
-  """The key of a measure in results.json."""
-  return f'{name}, {case} case, p = {ord:g}, rho = {rho:g}'
 
 
 def make_quantities(dataset: data.Dataset) -> dict[tuple[Any, ...], Quantity]:
@@ -100,30 +75,10 @@ def make_quantities(dataset: data.Dataset) -> dict[tuple[Any, ...], Quantity]:
     del rho
     return equal_loss.error_rate(params, network, split)
 
-  def measure_sharpness(name, case, ord, params, rho):
-    options: Any = {
-      'normalization': NORMALIZATIONS[name],
-      'ord': ord,
-      'batches': points,
-    }
-    if case == 'worst':
-      return sharpness.worst_case(
-        loss_fn, params, rho, steps=STEPS, restarts=RESTARTS, **options
-      )
-    return sharpness.average_case(
-      loss_fn,
-      params,
-      rho,
-      jax.random.key(0),
-      distribution='normal' if ord == 2 else 'uniform',
-      samples=SAMPLES,
-      **options,
-    )
-
   quantities = {
     ('test error',): functools.partial(measure_error, dataset.test),
     ('train error',): functools.partial(measure_error, dataset.train),
-    **{key: functools.partial(measure_sharpness, *key) for key in RADII},
+    **measures.make(loss_fn, points),
   }
   # One network at a time: mapped over, they take as long and more memory.
   return {
@@ -187,8 +142,8 @@ def measure_or_load(
   """All quantities [networks] by name, of which ``file`` keeps the finished."""
   measured = json.loads(file.read_text()) if file.exists() else {}
   for key, quantity in quantities.items():
-    for rho in RADII.get(key, (0.0,)):
-      name = measure_name(*key, rho=rho) if key in RADII else key[0]
+    for rho in measures.RADII.get(key, (0.0,)):
+      name = measures.name(key, rho) if key in measures.RADII else key[0]
       if name not in measured:
         start = time.perf_counter()
         values = np.asarray(quantity(params, rho), np.float64)
@@ -217,11 +172,11 @@ def correlate(
     rank_correlation.interval, statistic=tau, paired=True
   )
   correlations = {}
-  for key, radii in RADII.items():
+  for key, radii in measures.RADII.items():
     for rho in radii:
-      x = measured[measure_name(*key, rho)]
+      x = measured[measures.name(key, rho)]
       taus = rank_correlation.by_setting(x, gap, settings)
-      correlations[measure_name(*key, rho)] = {
+      correlations[measures.name(key, rho)] = {
         'overall': overall((x, gap)),
         'by_setting': {
           setting: rank_correlation.interval([each], np.mean)
@@ -242,16 +197,18 @@ def compare(
   """
   gap, tau = gap_of(measured), rank_correlation.tau
   differences = []
-  for (name, case, ord), plain_radii in RADII.items():
+  for (name, case, ord), plain_radii in measures.RADII.items():
     if name != 'sharpness':
       continue
     pairs = zip(
-      plain_radii, RADII['adaptive sharpness', case, ord], strict=True
+      plain_radii,
+      measures.RADII['adaptive sharpness', case, ord],
+      strict=True,
     )
     for rhos in pairs:
       plain, adaptive = (
-        measured[measure_name(each, case, ord, rho)]
-        for each, rho in zip(NORMALIZATIONS, rhos, strict=True)
+        measured[measures.name((each, case, ord), rho)]
+        for each, rho in zip(measures.NORMALIZATIONS, rhos, strict=True)
       )
       plain_taus, adaptive_taus = (
         rank_correlation.by_setting(x, gap, settings) for x in (plain, adaptive)
@@ -260,7 +217,7 @@ def compare(
         {
           'case': case,
           'p': f'{ord:g}',
-          'rho': dict(zip(NORMALIZATIONS, rhos, strict=True)),
+          'rho': dict(zip(measures.NORMALIZATIONS, rhos, strict=True)),
           'overall': rank_correlation.interval(
             (adaptive, plain, gap),
             lambda a, b, gap: tau(a, gap) - tau(b, gap),
@@ -285,9 +242,9 @@ def tables(results: Mapping[str, Any]) -> dict[str, str]:
     return f'{tau} [{low}, {high}]'
 
   overall, by_setting, differences = [], [], {}
-  for (name, case, ord), radii in RADII.items():
-    found = results['correlations'][measure_name(name, case, ord, radii[1])]
-    title = f'{name}, {case} case, p = {ord:g}'
+  for key in measures.RADII:
+    found = results['correlations'][measures.middle(key)]
+    title = measures.title(key)
     overall.append(
       [title, cell(found['overall']), cell(found['mean_over_settings'])]
     )
@@ -317,7 +274,11 @@ def tables(results: Mapping[str, Any]) -> dict[str, str]:
 
 def draw(results: Mapping[str, Any]) -> Figure:
   """The gap against the worst-case measures at the middle radius."""
-  shown = [(key, radii[1]) for key, radii in RADII.items() if key[1] == 'worst']
+  shown = [
+    (key, radii[1])
+    for key, radii in measures.RADII.items()
+    if key[1] == 'worst'
+  ]
   figure = Figure(
     figsize=(3.2 * len(shown), 3.2), dpi=150, layout='constrained'
   )
@@ -325,7 +286,7 @@ def draw(results: Mapping[str, Any]) -> Figure:
   measured, settings = results['measured'], results['settings']
   gap = 100 * gap_of(measured)
   for axes, ((name, case, ord), rho) in zip(all_axes, shown, strict=True):
-    measure = measure_name(name, case, ord, rho)
+    measure = measures.name((name, case, ord), rho)
     for dropout, color in zip(GRID['dropout'], COLORS, strict=False):
       mine = np.equal(settings['dropout'], dropout)
       axes.plot(
@@ -359,16 +320,9 @@ def make_config() -> dict[str, Any]:
     'near': equal_loss.NEAR,
     'momentum': equal_loss.MOMENTUM,
     'hidden_sizes': list(equal_loss.HIDDEN_SIZES),
-    'adaptive_sharpness': INVARIANT,
     'points': POINTS,
     'batch': BATCH,
-    'steps': STEPS,
-    'restarts': RESTARTS,
-    'samples': SAMPLES,
-    'radii': [
-      {'measure': name, 'case': case, 'p': f'{ord:g}', 'rho': list(radii)}
-      for (name, case, ord), radii in RADII.items()
-    ],
+    **measures.make_config(),
     'resamples': rank_correlation.NUM_RESAMPLES,
   }
 

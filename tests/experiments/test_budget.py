@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.stats
 
 from experiments import data
 from experiments import models
@@ -17,10 +18,15 @@ from experiments.paper import budget
 from experiments.paper import budget_lanes
 from experiments.paper import budget_methods
 from experiments.paper import budget_report
+from experiments.paper import budget_sharpness
 from experiments.paper import budget_tasks
 from experiments.paper import budget_training
+from experiments.paper import rank_correlation
+from experiments.paper import sharpness_measures as measures
 import optax_asam
 from optax_asam import asam
+from optax_asam import normalization
+from optax_asam import sharpness
 from tests.helpers.support import error
 
 pytestmark = pytest.mark.usefixtures('quickly_compiled')
@@ -326,4 +332,100 @@ def test_program(tmp_path, monkeypatch, capsys):
   assert len(trained) == 8
   with pytest.raises(SystemExit):
     budget.main([*argv, '--seeds=3'])
+  assert 'holds results of other settings' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+# Resampled, a few networks may all have the same gap.
+@pytest.mark.filterwarnings('ignore:The BCa confidence interval')
+def test_sharpness(tmp_path, monkeypatch, capsys):
+  """Networks are trained once, measured, and correlated as by SciPy."""
+  recipe = RECIPE._replace(make_tx=lambda *args: optax.sgd(0.5), rho_scale=4.0)
+  task = TASK._replace(train_size=32, recipe=recipe)
+  for module, values in (
+    (
+      budget_sharpness,
+      {
+        'TASKS': {'tiny': task},
+        'METHODS': ('base', 'sam'),
+        **{'PARTS': (2, 1), 'POINTS': 16, 'BATCH': 8},
+      },
+    ),
+    (
+      measures,
+      {
+        **{'STEPS': 2, 'SAMPLES': 2},
+        'RADII': {
+          key: radii
+          for key, radii in measures.RADII.items()
+          if key[1:] == ('worst', 2)
+        },
+      },
+    ),
+    (rank_correlation, {'NUM_RESAMPLES': 9}),
+  ):
+    for name, value in values.items():
+      monkeypatch.setattr(module, name, value)
+  trained = []
+  train = budget_training.Trainer.train
+
+  def interrupted(trainer, task, name, lanes):
+    trained.append((task.train_size, name, lanes[0].values[0]))
+    if len(trained) == 3:
+      raise KeyboardInterrupt
+    return train(trainer, task, name, lanes)
+
+  monkeypatch.setattr(budget_training.Trainer, 'train', interrupted)
+  argv = [f'--out={tmp_path}']
+  read = lambda: json.loads((tmp_path / 'results.json').read_text())
+  with pytest.raises(KeyboardInterrupt):
+    budget_sharpness.main(argv)
+  assert not read()['complete']
+  budget_sharpness.main(argv)
+  per_size = [('base', 0.0), *(('sam', rho) for rho in (0.2, 0.4, 0.8, 1.6))]
+  expected = [(size, *each) for size in (16, 32) for each in per_size]
+  assert trained == [*expected[:3], *expected[2:]]
+  results = read()
+  assert results['complete']
+  found = results['tasks']['tiny']
+  networks = found['networks']
+
+  lane = budget_lanes.Lane(0, (1.6, 0.0))
+  trainer = budget_training.Trainer(DATASET, max_lanes=1)
+  params = jax.tree.map(lambda x: x[0], train(trainer, task, 'sam', [lane]))
+  noisy = budget_training.noisy_labels(DATASET, task, 0).train
+  images, labels = DATASET.preprocess(noisy.images), jnp.asarray(noisy.labels)
+
+  def loss_fn(params, part):
+    logits = RECIPE.model.apply({'params': params}, images[part])
+    losses = models.cross_entropies(logits, labels[part])
+    return losses.mean()
+
+  by_hand = sharpness.worst_case(
+    *(loss_fn, params, 0.05),
+    steps=2,
+    batches=jnp.arange(16).reshape(2, 8),
+    normalization=normalization.identity(),
+  )
+  measured = networks[-1]['measured'][
+    'sharpness, worst case, p = 2, rho = 0.05'
+  ]
+  assert measured == pytest.approx(float(by_hand), rel=1e-4)
+  logits = RECIPE.model.apply({'params': params}, images)
+  error_rate = (logits.argmax(axis=1) != labels).mean()
+  assert networks[-1]['train_error'] == pytest.approx(float(error_rate))
+
+  x, y = (
+    [each['train_loss'] for each in networks],
+    [each['test_error'] - each['train_error'] for each in networks],
+  )
+  tau = found['correlations']['training loss']
+  kendall = lambda x, y: pytest.approx(scipy.stats.kendalltau(x, y).statistic)
+  assert tau['gap']['tau'] == kendall(x, y)
+  assert tau['gap_by_train_size']['32']['tau'] == kendall(x[5:], y[5:])
+  assert (tmp_path / 'budget_sharpness.png').exists()
+  assert f'{tau["gap"]["tau"]:.2f} [' in capsys.readouterr().out
+  monkeypatch.setattr(measures, 'STEPS', 3)
+  with pytest.raises(SystemExit):
+    budget_sharpness.main(argv)
   assert 'holds results of other settings' in capsys.readouterr().err

@@ -12,6 +12,7 @@ from experiments import data
 from experiments.paper import correlation
 from experiments.paper import equal_loss
 from experiments.paper import rank_correlation
+from experiments.paper import sharpness_measures as measures
 from experiments.paper import tables
 from experiments.report import records
 from tests.helpers.support import error
@@ -154,15 +155,19 @@ def small(monkeypatch):
     },
     'TARGET': TARGET,
     'MAX_EPOCHS': 40,
-    **{'POINTS': 16, 'BATCH': 8, 'STEPS': 2, 'SAMPLES': 2},
+    **{'POINTS': 16, 'BATCH': 8},
+  }.items():
+    monkeypatch.setattr(correlation, name, value)
+  for name, value in {
+    **{'STEPS': 2, 'SAMPLES': 2},
     # One norm for each case: each is compiled.
     'RADII': {
       key: radii
-      for key, radii in correlation.RADII.items()
+      for key, radii in measures.RADII.items()
       if key[1:] in {('worst', 2), ('average', np.inf)}
     },
   }.items():
-    monkeypatch.setattr(correlation, name, value)
+    monkeypatch.setattr(measures, name, value)
   monkeypatch.setattr(rank_correlation, 'NUM_RESAMPLES', 9)
   return dataset
 
@@ -191,7 +196,7 @@ def test_program(small, tmp_path, monkeypatch, capsys):
   measured = results['measured']
   gap = np.subtract(measured['test error'], measured['train error'])
   plain, adaptive = (
-    count_tau(measured[correlation.measure_name(name, 'worst', 2, rho)], gap)
+    count_tau(measured[measures.name((name, 'worst', 2), rho)], gap)
     for name, rho in (('sharpness', 0.05), ('adaptive sharpness', 0.5))
   )
   out = capsys.readouterr().out
@@ -205,7 +210,7 @@ def test_program(small, tmp_path, monkeypatch, capsys):
   assert ' after ' not in capsys.readouterr().out
   again = json.loads((tmp_path / 'results.json').read_text())
   assert again['correlations'] == results['correlations']
-  monkeypatch.setattr(correlation, 'STEPS', 3)
+  monkeypatch.setattr(measures, 'STEPS', 3)
   with pytest.raises(SystemExit):
     correlation.main(argv)
   assert 'holds results of other settings' in capsys.readouterr().err
