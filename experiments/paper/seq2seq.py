@@ -125,18 +125,28 @@ def _make_evaluators(model: Any, beam: int):
     encoded: Any = model.apply(variables, source, method='encode')
     encoded, sources = (jnp.repeat(x, beam, axis=0) for x in (encoded, source))
 
-    def get_logits(tokens, i):
-      logits: Any = model.apply(
-        variables, encoded, sources, tokens, position=i, method='decode'
-      )
-      return logits[:, 0]
+    # Longer translations are rare.
+    length = int(1.2 * source_length) + 10
 
+    def decode_next(variables, pieces, i):
+      return model.apply(
+        *(variables, encoded, sources, pieces, i),
+        method='decode_next',
+        mutable=['cache'],
+      )
+
+    def get_logits(pieces, i, cache):
+      logits, changed = decode_next({**variables, **cache}, pieces[:, None], i)
+      return logits[:, 0], changed
+
+    pieces = jax.ShapeDtypeStruct((n * beam, length), source.dtype)
+    _, shapes = jax.eval_shape(decode_next, variables, pieces, 0)
     return beam_search.search(
       get_logits,
+      jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
       n,
       beam=beam,
-      # Longer translations are rare.
-      length=int(1.2 * source_length) + 10,
+      length=length,
       bos=corpus.BOS,
       eos=corpus.EOS,
       pad=corpus.PAD,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
+from sklearn import datasets
 
 from experiments.models import bottleneck
 from experiments.paper import image_folder
@@ -20,24 +21,25 @@ SIZE = 16
 CLASSES = ('n01', 'n02')
 
 
-def write_images(folder, n, seed=0, classes=CLASSES):
-  """JPEG files of classes that differ in their brightest channel."""
-  rng = np.random.default_rng(seed)
+def write_images(folder, n, first=0, classes=CLASSES):
+  """JPEG files of handwritten digits, the first class of zeros."""
+  rng = np.random.default_rng(first)
+  digits = datasets.load_digits()
   for label, name in enumerate(classes):
     (folder / name).mkdir(parents=True)
-    for i in range(n):
-      height, width = rng.integers(SIZE, 3 * SIZE, 2)
-      pixels = rng.integers(0, 60, (height, width, 3), np.uint8)
-      pixels[..., label] += 150
-      Image.fromarray(pixels).save(folder / name / f'{name}_{i}.JPEG')
+    images = digits.images[digits.target == label][first : first + n]
+    for i, image in enumerate(images):
+      picture = Image.fromarray(np.uint8(15 * image)).convert('RGB')
+      picture = picture.resize(rng.integers(SIZE, 3 * SIZE, 2))
+      picture.save(folder / name / f'{name}_{i}.JPEG')
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   """ImageNet with two classes."""
   folder = tmp_path_factory.mktemp('imagenet')
-  write_images(folder / 'train', 16)
-  write_images(folder / 'val', 5, seed=1)
+  write_images(folder / 'train', 40)
+  write_images(folder / 'val', 25, first=40)
   return folder
 
 
@@ -129,7 +131,7 @@ def test_preprocess_and_count():
 
 
 def test_program(folder, tmp_path, monkeypatch, capsys):
-  """ASAM tells two colours apart, with batches split over eight devices.
+  """ASAM tells two digits apart, with batches split over eight devices.
 
   An interrupted run keeps its results, and ends with the same bits.
   """
@@ -140,7 +142,7 @@ def test_program(folder, tmp_path, monkeypatch, capsys):
     imagenet.main(
       [
         *(f'--data-dir={folder}', f'--out={out}', f'--image-size={SIZE}'),
-        *('--batch-size=16', '--epochs=3', '--lr=0.02', *options),
+        *('--batch-size=16', '--epochs=4', '--lr=0.1', *options),
       ]
     )
 
@@ -150,10 +152,11 @@ def test_program(folder, tmp_path, monkeypatch, capsys):
   results = read(untouched)
   assert results['complete']
   assert results['config']['rho'] == 1
-  assert results['images'] == {'train': 32, 'val': 10}
+  assert results['images'] == {'train': 80, 'val': 50}
   assert results['train_loss'][-1] < results['train_loss'][0]
-  assert results['top_1_accuracy'] == 1
-  assert 'asam: 100.00% top 1' in capsys.readouterr().out
+  accuracy = results['top_1_accuracy']
+  assert accuracy > 0.8
+  assert f'asam: {100 * accuracy:.2f}% top 1' in capsys.readouterr().out
   left = [path.name for path in untouched.iterdir()]
   assert [name for name in left if name[0] != '.'] == ['results.json']
 

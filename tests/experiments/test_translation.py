@@ -155,13 +155,14 @@ def test_wide_beam_finds_the_best():
   tables = 2 * rng.standard_normal((8, 4**4, 4))
   log_p = np.asarray(jax.nn.log_softmax(tables))
 
-  def get_logits(tokens, i):
-    past = jnp.where(jnp.arange(length) <= i, tokens, 0)
-    index = past[:, :4] @ 4 ** jnp.arange(4)
-    return jnp.repeat(tables, beam, axis=0)[jnp.arange(len(tokens)), index]
+  def get_logits(tokens, i, index):
+    index = index + tokens * 4**i
+    rows = jnp.arange(len(tokens))
+    return jnp.repeat(tables, beam, axis=0)[rows, index], index
 
   found = beam_search.search(
-    get_logits, 8, beam=beam, length=length, bos=bos, eos=eos, pad=pad
+    *(get_logits, jnp.zeros(8 * beam, jnp.int32), 8),
+    **{'beam': beam, 'length': length, 'bos': bos, 'eos': eos, 'pad': pad},
   )
   sequences = [
     (bos, *words, eos)
@@ -176,6 +177,36 @@ def test_wide_beam_finds_the_best():
 
     best = max(sequences, key=score)
     assert mine == [*best, *[pad] * (length - len(best))]
+
+
+@pytest.mark.slow
+def test_decode_next():
+  """One piece after the other, the logits are those of all at once."""
+  model = transformer.Transformer(20, layers=1, width=8, hidden_size=8, heads=2)
+  rng = np.random.default_rng(0)
+  source, target = (
+    jnp.asarray(rng.integers(1, 20, (3, n)), jnp.int32) for n in (5, 6)
+  )
+  source = source.at[1, 3:].set(corpus.PAD)
+  variables = jax.jit(model.init)(jax.random.key(0), source, target)
+  encoded = jax.jit(functools.partial(model.apply, method='encode'))(
+    variables, source
+  )
+  step = jax.jit(
+    lambda variables, pieces, i: model.apply(
+      *(variables, encoded, source, pieces, i),
+      method='decode_next',
+      mutable=['cache'],
+    )
+  )
+  _, shapes = jax.eval_shape(step, variables, target, 0)
+  cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  found = []
+  for i in range(target.shape[1]):
+    logits, cache = step({**variables, **cache}, target[:, i : i + 1], i)
+    found.append(logits)
+  expected = jax.jit(model.apply)(variables, source, target)
+  np.testing.assert_allclose(jnp.concatenate(found, 1), expected, atol=1e-5)
 
 
 class Unigrams(nn.Module):
