@@ -191,14 +191,37 @@ def correlate(networks: Networks) -> dict[str, Any]:
   }
 
 
-def tables(results: Mapping[str, Any]) -> dict[str, str]:
-  """The table of each task in Markdown."""
+def compare(networks: Networks) -> dict[str, Any]:
+  """How much better adaptive sharpness correlates with the gap than sharpness.
 
-  def cell(found):
-    tau, low, high = (format(found[x], '.2f') for x in ('tau', 'low', 'high'))
+  Over all networks, for each case and norm.
+  """
+  measured, gap = predictors(networks), gap_of(networks)
+  return {
+    f'{case} case, p = {ord:g}': rank_correlation.interval(
+      (
+        *(
+          measured[measures.middle((each, case, ord))]
+          for each in ('adaptive sharpness', 'sharpness')
+        ),
+        gap,
+      ),
+      rank_correlation.difference,
+      paired=True,
+    )
+    for name, case, ord in measures.RADII
+    if name == 'sharpness'
+  }
+
+
+def tables(results: Mapping[str, Any]) -> dict[str, str]:
+  """The table of each task, and that of the differences, in Markdown."""
+
+  def cell(found, spec='.2f'):
+    tau, low, high = (format(found[x], spec) for x in ('tau', 'low', 'high'))
     return f'{tau} [{low}, {high}]'
 
-  made = {}
+  made, differences = {}, {}
   for name, task in results['tasks'].items():
     rows, sizes = [], []
     for predictor, found in task['correlations'].items():
@@ -223,6 +246,13 @@ def tables(results: Mapping[str, Any]) -> dict[str, str]:
       ],
       rows,
     )
+    for measure, found in task['differences'].items():
+      differences.setdefault(measure, []).append(cell(found, '+.2f'))
+  titles = (task['title'] for task in results['tasks'].values())
+  made['differences'] = reporting.markdown(
+    ['adaptive minus plain', *titles],
+    [[measure, *cells] for measure, cells in differences.items()],
+  )
   return made
 
 
@@ -345,6 +375,7 @@ def main(argv: Sequence[str]) -> None:
       lambda: records.write_json(args.out / budget.RESULTS, results),
     )
     results['tasks'][name]['correlations'] = correlate(networks)
+    results['tasks'][name]['differences'] = compare(networks)
   results['complete'] = True
   records.write_json(args.out / budget.RESULTS, results)
   with records.replacing(args.out / 'budget_sharpness.png') as partial:

@@ -195,7 +195,7 @@ def compare(
 
   For each case and norm, at the smallest, middle and largest radius of both.
   """
-  gap, tau = gap_of(measured), rank_correlation.tau
+  gap = gap_of(measured)
   differences = []
   for (name, case, ord), plain_radii in measures.RADII.items():
     if name != 'sharpness':
@@ -219,9 +219,7 @@ def compare(
           'p': f'{ord:g}',
           'rho': dict(zip(measures.NORMALIZATIONS, rhos, strict=True)),
           'overall': rank_correlation.interval(
-            (adaptive, plain, gap),
-            lambda a, b, gap: tau(a, gap) - tau(b, gap),
-            paired=True,
+            (adaptive, plain, gap), rank_correlation.difference, paired=True
           ),
           'mean_over_settings': rank_correlation.mean_of_means(
             {

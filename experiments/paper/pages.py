@@ -16,6 +16,7 @@ from typing import Any
 
 from experiments import cli
 from experiments.paper import budget_report
+from experiments.paper import budget_sharpness
 from experiments.paper import correlation
 from experiments.paper import gains
 from experiments.paper import tables
@@ -41,6 +42,9 @@ def make_tables() -> dict[str, str]:
   for name in tables.RACES:
     for task, table in budget_report.tables(tables.read(name)).items():
       made[f'{name}, {task}'] = table
+  networks = tables.read('budget_sharpness')
+  for name, table in budget_sharpness.tables(networks).items():
+    made[f'budget_sharpness, {name}'] = table
   if translation_tables.RECORDED.exists():  # Not recorded yet.
     made.update(translation_tables.make(tables.read('translation')))
   return made
@@ -63,6 +67,9 @@ def make_figures() -> dict[str, Callable[[Path], Any]]:
     ),
     'correlation/correlation.png': write(
       correlation.draw, tables.read('correlation')
+    ),
+    'budget_sharpness/budget_sharpness.png': write(
+      budget_sharpness.draw, tables.read('budget_sharpness')
     ),
     'comparisons/clean.png': write(tables.draw_clean, compared),
     'comparisons/noise.png': write(tables.draw_noise, compared),

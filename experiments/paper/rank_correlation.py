@@ -23,6 +23,11 @@ def tau(x: np.ndarray, y: np.ndarray) -> float:
   return float(found.statistic)
 
 
+def difference(a: np.ndarray, b: np.ndarray, y: np.ndarray) -> float:
+  """How much better ``a`` predicts ``y`` than ``b`` does."""
+  return tau(a, y) - tau(b, y)
+
+
 def by_setting(
   x: np.ndarray, y: np.ndarray, settings: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:

@@ -23,6 +23,7 @@ from experiments.paper import budget_tasks
 from experiments.paper import budget_training
 from experiments.paper import rank_correlation
 from experiments.paper import sharpness_measures as measures
+from experiments.paper import tables
 import optax_asam
 from optax_asam import asam
 from optax_asam import normalization
@@ -420,6 +421,12 @@ def test_sharpness(tmp_path, monkeypatch, capsys):
     [each['test_error'] - each['train_error'] for each in networks],
   )
   tau = found['correlations']['training loss']
+  plain, adaptive = (
+    scipy.stats.kendalltau([each['measured'][name] for each in networks], y)
+    for name in networks[0]['measured']
+  )
+  difference = found['differences']['worst case, p = 2']['tau']
+  assert difference == pytest.approx(adaptive.statistic - plain.statistic)
   kendall = lambda x, y: pytest.approx(scipy.stats.kendalltau(x, y).statistic)
   assert tau['gap']['tau'] == kendall(x, y)
   assert tau['gap_by_train_size']['32']['tau'] == kendall(x[5:], y[5:])
@@ -429,3 +436,32 @@ def test_sharpness(tmp_path, monkeypatch, capsys):
   with pytest.raises(SystemExit):
     budget_sharpness.main(argv)
   assert 'holds results of other settings' in capsys.readouterr().err
+
+
+def test_sharpness_recorded():
+  """The recorded taus follow from the recorded networks, with SciPy."""
+  recorded = tables.read('budget_sharpness')
+  assert recorded['config'] == budget_sharpness.make_config()
+  assert recorded['complete']
+  assert not recorded['commit'].endswith('-dirty')
+  for task in recorded['tasks'].values():
+    networks = task['networks']
+    gap = [each['test_error'] - each['train_error'] for each in networks]
+    tau = {}
+    for name, found in task['correlations'].items():
+      x = [each['measured'].get(name, each['train_loss']) for each in networks]
+      tau[name] = scipy.stats.kendalltau(x, gap).statistic
+      assert found['gap']['tau'] == pytest.approx(tau[name])
+      for size, each in found['gap_by_train_size'].items():
+        mine = [str(network['train_size']) == size for network in networks]
+        part = scipy.stats.kendalltau(
+          np.array(x)[mine], np.array(gap)[mine]
+        ).statistic
+        assert each['tau'] == pytest.approx(part)
+    for key, radii in measures.RADII.items():
+      if key[0] != 'sharpness':
+        continue
+      plain = tau[measures.name(key, radii[1])]
+      adaptive = tau[measures.middle(('adaptive sharpness', *key[1:]))]
+      found = task['differences'][f'{key[1]} case, p = {key[2]:g}']
+      assert found['tau'] == pytest.approx(adaptive - plain)
