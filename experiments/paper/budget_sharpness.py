@@ -214,6 +214,11 @@ def compare(networks: Networks) -> dict[str, Any]:
   }
 
 
+def model(task: Mapping[str, Any]) -> str:
+  """The model of a task; its title also says on how many images."""
+  return task['title'].partition(',')[0]
+
+
 def tables(results: Mapping[str, Any]) -> dict[str, str]:
   """The table of each task, and that of the differences, in Markdown."""
 
@@ -238,7 +243,7 @@ def tables(results: Mapping[str, Any]) -> dict[str, str]:
       )
     made[name] = reporting.markdown(
       [
-        f'{task["title"]}: gap',
+        f'{model(task)}: gap',
         'all networks',
         *(f'{size} images' for size in sizes),
         'across numbers of images',
@@ -248,9 +253,8 @@ def tables(results: Mapping[str, Any]) -> dict[str, str]:
     )
     for measure, found in task['differences'].items():
       differences.setdefault(measure, []).append(cell(found, '+.2f'))
-  titles = (task['title'] for task in results['tasks'].values())
   made['differences'] = reporting.markdown(
-    ['adaptive minus plain', *titles],
+    ['adaptive minus plain', *map(model, results['tasks'].values())],
     [[measure, *cells] for measure, cells in differences.items()],
   )
   return made
@@ -281,8 +285,7 @@ def draw(results: Mapping[str, Any]) -> Figure:
           color=COLORS[each['method']],
         )
       tau = task['correlations'][measure]['gap']['tau']
-      model = task['title'].partition(',')[0]
-      axes.set(title=f'{model}, tau = {tau:.2f}', xlabel=measure)
+      axes.set(title=f'{model(task)}, tau = {tau:.2f}', xlabel=measure)
       axes.title.set_fontsize(10)
       axes.set_xscale('log')
       axes.xaxis.set_minor_formatter(NullFormatter())  # They overlap.

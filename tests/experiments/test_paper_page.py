@@ -168,8 +168,8 @@ def test_commands():
     *(
       f'experiments.paper.{name}'
       for name in (
-        *('comparisons', 'correlation', 'gains', 'tables'),
-        *('pages', 'trajectories'),
+        *('budget_sharpness', 'comparisons', 'correlation', 'gains'),
+        *('pages', 'tables', 'trajectories'),
       )
     ),
   }
