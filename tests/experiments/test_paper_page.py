@@ -103,8 +103,11 @@ def facts():
     name: 100 * np.array(method['summary']['test_accuracy']['per_seed'])
     for name, method in methods.items()
   }
-  for name in 'asam_tuned', 'sam_tuned':
-    more = reporting.t_interval(per_seed[name] - per_seed['base_tuned'])
+  for name, other in (
+    *(('asam_tuned', 'base_tuned'), ('sam_tuned', 'base_tuned')),
+    ('normalization', 'asam'),
+  ):
+    more = reporting.t_interval(per_seed[name] - per_seed[other])
     yield from (f'{x:.2f}' for x in more)
   for each in CORRELATION['differences']:
     yield f'{abs(each["mean_over_settings"]["tau"]):.2f}'
