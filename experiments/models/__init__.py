@@ -131,11 +131,12 @@ def cross_entropies(
   With label smoothing a, each class has the target a / num_classes, plus 1 - a
   for the label.
   """
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
   if not label_smoothing:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-  targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
-  targets = optax.smooth_labels(targets, label_smoothing)
-  return optax.softmax_cross_entropy(logits, targets)
+    return losses
+  # Without an array of targets as large as the logits.
+  uniform = jax.nn.logsumexp(logits, axis=-1) - logits.mean(axis=-1)
+  return (1 - label_smoothing) * losses + label_smoothing * uniform
 
 
 def train_loss_fn(
