@@ -25,8 +25,9 @@ import optax
 
 from benchmarks import compiled
 from benchmarks import large_models
-from benchmarks import records
+from benchmarks import markdown
 from benchmarks import steps
+from experiments.report import records
 
 LAYERS, WIDTH, BATCH = 4, 1024, 256
 LAYOUTS = ('replicated', 'fully sharded', 'tensor parallel', '2-D')
@@ -132,7 +133,7 @@ def table(results: Mapping[str, Any], numbers: Sequence[int] = DEVICES) -> str:
         *(_mib(memory), _mib(asam['temporary_bytes'] - memory)),
       ]
     )
-  return records.markdown(rows, text_columns=1)
+  return markdown.table(rows, text_columns=1)
 
 
 def _collectives(case: Mapping[str, Any]) -> np.ndarray:

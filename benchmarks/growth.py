@@ -14,6 +14,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
+from importlib import metadata
 import json
 import math
 import os
@@ -32,12 +33,13 @@ import numpy as np
 import optax
 
 from benchmarks import compiled
+from benchmarks import markdown
 from benchmarks import models
-from benchmarks import records
 from benchmarks import step_time
 from benchmarks import steps
 from benchmarks import timing
 from benchmarks import tpu_aot
+from experiments.report import records
 from optax_asam import plotting
 
 # From a method to its color.
@@ -266,22 +268,20 @@ def table(results: Mapping[str, Any]) -> str:
         ' to '.join(ends),
       ]
     )
-  return records.markdown(rows, text_columns=2)
+  return markdown.table(rows, text_columns=2)
 
 
 def load() -> dict[str, Any]:
   """The recorded results, by series."""
-  return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+  return json.loads(RESULTS.read_text())
 
 
 def page(text: str, results: Mapping[str, Any]) -> str:
   """A page with its table made again between the markers."""
-  made = 'Nothing is recorded yet: run `python -m benchmarks.growth`.'
-  if results:
-    picture = f'results/{RESULTS.stem}.png'
-    made = f'![Each cost over size, on logarithmic axes]({picture})\n\n'
-    made += table(results)
-  return records.replace_between(text, 'growth', made)
+  picture = f'results/{RESULTS.stem}.png'
+  made = f'![Each cost over size, on logarithmic axes]({picture})\n\n'
+  made += table(results)
+  return markdown.replace_between(text, 'growth', made)
 
 
 def chart(results: Mapping[str, Any]) -> Figure:
@@ -369,9 +369,10 @@ def main(argv: Sequence[str]) -> None:
     # What JAX caches while tracing must not favor later ones.
     made = steps.METHODS[method](small, BASE_TX)
     build(made, small.batch, jax.devices()[:1], seconds=0)
-  packages = (*records.PACKAGES, 'flax', *['libtpu'] * ('chips' in args.series))
   # Before the results make the working tree dirty.
-  known = records.provenance('benchmarks.growth', argv, packages)
+  known = records.provenance('benchmarks.growth', argv)
+  if 'chips' in args.series:
+    known['versions']['libtpu'] = metadata.version('libtpu')
   for name in args.series:
     cases = []
     for size in SERIES[name].sizes:

@@ -19,15 +19,14 @@ PyTree = Any
 class Network(NamedTuple):
   """A network as a compiler needs it: shapes alone.
 
-  Parameters are float32, because bfloat16 ones would lose most of the
-  perturbation; the computation is in bfloat16.
+  Those of this module have parameters in float32, because bfloat16 ones would
+  lose most of the perturbation, and compute in bfloat16.
 
   Attributes:
     mesh_axes: Names and sizes of the mesh axes.
     params: A shape for each parameter.
     specs: A ``PartitionSpec`` for each parameter.
-    batch: A shape for each array of the global batch, which is sharded over
-      'fsdp'.
+    batch: A shape for each array of the global batch.
     loss_fn: From a mesh to a function of parameters and a batch.
   """
 

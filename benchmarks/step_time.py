@@ -33,13 +33,13 @@ import numpy as np
 
 from benchmarks import compiled
 from benchmarks import models
-from benchmarks import records
 from benchmarks import steps
 from benchmarks import timing
 from benchmarks import workloads
+from experiments.report import records
 
 ROOT = Path(__file__).parent
-# The steps of a compiled method, whose costs are averaged over a cycle.
+# No step of its own: its costs are a mean of those of the base and of ASAM.
 LATE = 'late_20'
 TORCH = ('torch_base', 'torch_asam', 'torch_asam_authors')
 # As the table has them.
@@ -332,9 +332,7 @@ def main(argv: Sequence[str]) -> None:
   jax.config.update('jax_enable_compilation_cache', False)
   jax.config.update('jax_platforms', {'cpu': 'cpu', 'gpu': 'cuda'}[args.device])
   args.out.mkdir(parents=True, exist_ok=True)
-  known = records.provenance(
-    'benchmarks.step_time', argv, (*records.PACKAGES, 'flax')
-  )
+  known = records.provenance('benchmarks.step_time', argv)
   results = {
     'machine': machine(args.device),
     'versions': known['versions'],

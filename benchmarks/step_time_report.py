@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import records
+from benchmarks import markdown
 from optax_asam import plotting
 
 ROOT = Path(__file__).parent
@@ -67,18 +67,18 @@ def time_table(results: Mapping[str, Any]) -> str:
     ]
     for method in methods
   ]
-  return records.markdown([['step', *models], *cells], text_columns=1)
+  return markdown.table([['step', *models], *cells], text_columns=1)
 
 
-def cost_table(results: Mapping[str, Any], other: str = 'inlined_asam') -> str:
-  """Every cost of ``asam`` over that of another method, by model."""
+def cost_table(results: Mapping[str, Any]) -> str:
+  """Every cost of ``asam`` over that of the step by hand, by model."""
   rows, models, _ = _by_key(results)
   header = ['model', 'time', 'temporaries', 'bytes', 'instructions']
   body = []
   for model in models:
-    if not {(model, 'asam'), (model, other)} <= set(rows):
+    if not {(model, 'asam'), (model, 'inlined_asam')} <= set(rows):
       continue
-    own, reference = rows[model, 'asam'], rows[model, other]
+    own, reference = rows[model, 'asam'], rows[model, 'inlined_asam']
     body.append(
       [
         model,
@@ -88,7 +88,7 @@ def cost_table(results: Mapping[str, Any], other: str = 'inlined_asam') -> str:
         ),
       ]
     )
-  return records.markdown([header, *body], text_columns=1)
+  return markdown.table([header, *body], text_columns=1)
 
 
 def summary(results: Mapping[str, Any]) -> str:
@@ -110,7 +110,7 @@ def summary(results: Mapping[str, Any]) -> str:
       for model, row in zip(models, found, strict=True)
     ]
     body.append([title, f'{gradients:g}', *times, *memory])
-  return records.markdown([header, *body], text_columns=1)
+  return markdown.table([header, *body], text_columns=1)
 
 
 def tables(name: str, results: Mapping[str, Any]) -> str:
@@ -129,18 +129,16 @@ def tables(name: str, results: Mapping[str, Any]) -> str:
 
 def first_page(text: str, recorded: Mapping[str, Mapping[str, Any]]) -> str:
   """The first page with its table of costs made again."""
-  return records.replace_between(text, 'cost', summary(recorded['step_time']))
+  return markdown.replace_between(text, 'cost', summary(recorded['step_time']))
 
 
 def page(text: str, recorded: Mapping[str, Mapping[str, Any]]) -> str:
   """A page with its tables made again between the markers."""
-  made = 'Nothing is recorded yet: run `make bench`.'
-  if recorded:
-    picture = f'results/{CHART.name}'
-    parts = [f'![Step times of each method by model]({picture})']
-    parts += [tables(*item) for item in recorded.items()]
-    made = '\n\n'.join(parts)
-  return records.replace_between(text, 'step_time', made)
+  picture = f'results/{CHART.name}'
+  parts = [f'![Step times of each method by model]({picture})']
+  parts += [tables(*item) for item in recorded.items()]
+  made = '\n\n'.join(parts)
+  return markdown.replace_between(text, 'step_time', made)
 
 
 def chart(recorded: Mapping[str, Mapping[str, Any]]) -> Figure:
@@ -193,8 +191,7 @@ def main() -> None:
   """Writes the tables and the chart."""
   recorded = load()
   PAGE.write_text(page(PAGE.read_text(), recorded))
-  if 'step_time' in recorded:
-    FIRST_PAGE.write_text(first_page(FIRST_PAGE.read_text(), recorded))
+  FIRST_PAGE.write_text(first_page(FIRST_PAGE.read_text(), recorded))
   chart(recorded).savefig(CHART)
   print(f'Wrote {PAGE}, {FIRST_PAGE} and {CHART}.')
 

@@ -30,8 +30,9 @@ import optax
 
 from benchmarks import compiled
 from benchmarks import large_models
-from benchmarks import records
+from benchmarks import markdown
 from benchmarks import steps
+from experiments.report import records
 
 # From a number of chips to the network, and its number of parameters.
 MODELS: dict[str, tuple[Callable[[int], large_models.Network], int]] = {
@@ -92,9 +93,7 @@ def run_case(model: str, topology: str, step: str, folder: Path) -> None:
     'parameters': parameters,
     'mesh': dict(network.mesh_axes),
     'batch': jax.tree.map(lambda leaf: list(leaf.shape), network.batch),
-    **records.provenance(
-      'benchmarks.tpu_aot', [], (*records.PACKAGES, 'libtpu')
-    ),
+    **provenance([]),
   }
   start = time.perf_counter()
   try:
@@ -111,6 +110,13 @@ def run_case(model: str, topology: str, step: str, folder: Path) -> None:
     (folder / TEXT).write_bytes(gzip.compress(text.encode()))
   case['compile_s'] = round(time.perf_counter() - start, 1)
   records.write_json(folder / CASE, case)
+
+
+def provenance(argv: Sequence[str]) -> dict[str, Any]:
+  """The command, the commit and the versions, that of the compiler too."""
+  found = records.provenance('benchmarks.tpu_aot', argv)
+  found['versions']['libtpu'] = importlib.metadata.version('libtpu')
+  return found
 
 
 def collect(out: Path) -> list[dict[str, Any]]:
@@ -171,7 +177,7 @@ def memory_table(cases: Sequence[Mapping[str, Any]]) -> str:
         f'{case[field] / GIB:.2f}' for field in (*fields, 'bytes_accessed')
       ]
     rows.append([*_key(case), *sizes, f'{case["compile_s"]:.0f} s'])
-  return records.markdown(rows, text_columns=3)
+  return markdown.table(rows, text_columns=3)
 
 
 def collectives_table(cases: Sequence[Mapping[str, Any]]) -> str:
@@ -190,7 +196,7 @@ def collectives_table(cases: Sequence[Mapping[str, Any]]) -> str:
       size = total and f'{total["bytes"] / GIB:.3f}'
       cells.append(f'{total["count"]}, {size}' if total else '')
     rows.append([*_key(case), *cells])
-  return records.markdown(rows, text_columns=3)
+  return markdown.table(rows, text_columns=3)
 
 
 def added_table(cases: Sequence[Mapping[str, Any]]) -> str:
@@ -220,7 +226,7 @@ def added_table(cases: Sequence[Mapping[str, Any]]) -> str:
         f'{100 * ratio:+.1f} %',
       ]
     )
-  return records.markdown(rows, text_columns=3)
+  return markdown.table(rows, text_columns=3)
 
 
 def _key(case: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -256,10 +262,7 @@ def main(argv: Sequence[str]) -> None:
   cases = collect(args.out)
   records.write_json(
     args.out / 'tpu_aot.json',
-    {
-      **records.provenance('benchmarks.tpu_aot', argv),
-      'cases': cases,
-    },
+    {**provenance(argv), 'cases': cases},
   )
   print('', *tables(cases), sep='\n\n')
   found = [

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
 import math
+from pathlib import Path
 import signal
 import sys
 from typing import Any
@@ -78,7 +79,7 @@ def fraction(example: float) -> Callable[[str], float]:
 
 # Options that do not change what a run computes.
 NOT_CONFIG = (
-  *('out', 'resume', 'tensorboard', 'data_dir', 'threads'),
+  *('out', 'resume', 'data_dir', 'threads'),
   *('download', 'minutes'),
 )
 
@@ -102,14 +103,26 @@ def check_out(parser: Parser, args: Any) -> filelock.BaseFileLock:
     for name, value in to_json(args).items()
     if name not in NOT_CONFIG
   }
-  try:
+  with _out_errors(parser, args.out):
     return run_folder.claim(args.out, determining, resume=args.resume)
+
+
+def lock_out(parser: Parser, out: Path) -> filelock.BaseFileLock:
+  """Locks ``--out`` of a program that always resumes; exits if in use."""
+  with _out_errors(parser, out):
+    return run_folder.lock(out)
+
+
+@contextlib.contextmanager
+def _out_errors(parser: Parser, out: Path) -> Iterator[None]:
+  try:
+    yield
   except run_folder.RefusedError as error:
     parser.error(str(error))
   except OSError as error:
     parser.error(
       f'argument --out: must be a folder that can be written to, but got'
-      f" '{args.out}' ({error.strerror}). For example: --out out/train."
+      f" '{out}' ({error.strerror}). For example: --out out/train."
     )
 
 

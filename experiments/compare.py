@@ -15,7 +15,6 @@ the same results as a run without interruption.
 """
 
 from collections.abc import Sequence
-import contextlib
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,6 @@ from experiments.config import Config
 from experiments.report import progress
 from experiments.report import records
 from experiments.report import reporting
-from experiments.report import summaries
 
 
 def measure(trained: Comparison) -> dict[str, np.ndarray]:
@@ -102,23 +100,6 @@ def describe(
   }
 
 
-def train(trained: Comparison, config: Config) -> dict[str, np.ndarray]:
-  """Trains while progress is shown, and returns the final measures."""
-  folder = config.out / 'tensorboard' if config.tensorboard else None
-  with contextlib.closing(summaries.Summaries(folder)) as curves:
-
-    def add_epochs():
-      for stage, history in trained.histories.items():
-        curves.add_epochs(stage, trained.runs_of(stage), history)
-
-    with progress.shown(*trained.cost) as advance:
-      trained.run(advance, add_epochs)
-    add_epochs()  # Of a run that was interrupted after its last epoch.
-    measured = measure(trained)
-    curves.add_measured(trained.stage, trained.runs, measured)
-  return measured
-
-
 def compare(config: Config, dataset: data.Dataset, argv: Sequence[str]) -> None:
   """Trains, and writes the results, also those of an interrupted run."""
   console = Console(markup=False)  # A path may have brackets.
@@ -128,7 +109,9 @@ def compare(config: Config, dataset: data.Dataset, argv: Sequence[str]) -> None:
   measured = {}
   try:
     with cli.interruptible():
-      measured = train(trained, config)
+      with progress.shown(*trained.cost) as advance:
+        trained.run(advance)
+      measured = measure(trained)
   finally:
     results = describe(provenance, config, trained, measured)
     # What was interrupted does not replace what is finished.

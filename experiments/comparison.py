@@ -120,14 +120,11 @@ class Comparison:
       for seed in self._config.seeds
     ]
 
-  def run(
-    self, advance: Callable[[int], None], after_epoch: Callable[[], None]
-  ) -> None:
+  def run(self, advance: Callable[[int], None]) -> None:
     """Trains until the last epoch of the last stage.
 
     Args:
       advance: Called with the cost of each part that is done.
-      after_epoch: Called after each epoch of all runs.
     """
     while True:
       history = self.histories[self.stage]
@@ -136,7 +133,6 @@ class Comparison:
       for epoch in range(len(history['train_loss']), self._config.epochs):
         self._train_epoch(epoch, history, advance)
         self._save()
-        after_epoch()
       if self.stage == STAGES[-1]:
         return
       self._start(STAGES[-1])

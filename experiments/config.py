@@ -63,7 +63,6 @@ class Config:
   m_sharpness_by: str = 'vmap'
   out: Path = Path('out/train')
   resume: bool = False
-  tensorboard: bool = False
 
   @property
   def is_search(self) -> bool:
@@ -244,15 +243,10 @@ def make_parser() -> cli.Parser:
   add(
     '--m-sharpness-by',
     choices=m_sharpness.WAYS,
-    help='all groups at once, in a loop, or one on each device (vmap)',
+    help='all groups at once, or one after the other (vmap)',
   )
   add('--out', type=Path, help='folder for results (out/train)')
   add('--resume', action='store_true', help='resume the run in --out')
-  add(
-    '--tensorboard',
-    action='store_true',
-    help='also write curves for TensorBoard to --out',
-  )
   return parser
 
 
@@ -368,7 +362,7 @@ def _find_problems(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
 def _find_problems_of_groups(
   config: Config, given: Mapping[str, Any]
 ) -> Iterator[str]:
-  m, way = config.m_sharpness, config.m_sharpness_by
+  m = config.m_sharpness
   if not m:
     if 'm_sharpness_by' in given:
       yield (
@@ -381,21 +375,6 @@ def _find_problems_of_groups(
       f'argument --m-sharpness: must divide the batch size,'
       f' {config.batch_size}, but got {m}. For example: --m-sharpness'
       f' {math.gcd(config.batch_size, m)}.'
-    )
-  missing = m_sharpness.missing(way)
-  if missing:
-    yield (
-      f'argument --m-sharpness-by: {way} needs {missing}, which the installed'
-      f' version does not have. Install a newer one, or write'
-      f' --m-sharpness-by vmap.'
-    )
-  num_groups, num_devices = config.batch_size // m, jax.device_count()
-  if way == 'shard_map' and num_groups != num_devices:
-    yield (
-      f'argument --m-sharpness-by: shard_map takes as many groups as there are'
-      f' devices, {num_devices}, but --batch-size {config.batch_size} and'
-      f' --m-sharpness {m} make {num_groups}. For example: --batch-size'
-      f' {num_devices * m}.'
     )
 
 

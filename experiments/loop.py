@@ -21,7 +21,6 @@ import numpy as np
 import optax
 
 from experiments import data
-from experiments import m_sharpness
 from experiments import methods
 from experiments import models
 from experiments.config import Config
@@ -202,13 +201,8 @@ class Group:
     self.images, self.labels = split
     self._programs = programs
     states = [programs.init(run.seed) for run in runs]
-    self.state, self._rho = jax.device_put(
-      (
-        jax.tree.map(lambda *leaves: jnp.stack(leaves), *states),
-        jnp.float32([run.rho for run in runs]),
-      ),
-      m_sharpness.placement(programs.config.m_sharpness_by),
-    )
+    self.state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    self._rho = jnp.float32([run.rho for run in runs])
 
   def compile(self) -> None:
     """Takes a step on a copy, so that no epoch's time includes compilation."""
@@ -259,9 +253,8 @@ def make_groups(
     split: What they are trained on, with labels [runs, n].
     programs: What is compiled for them.
   """
-  config = programs.config
-  split = jax.device_put(split, m_sharpness.placement(config.m_sharpness_by))
-  mapped = config.seed_axis == 'vmap'
+  split = jax.device_put(split)
+  mapped = programs.config.seed_axis == 'vmap'
   groups = []
   for _, positions in itertools.groupby(
     range(len(runs)), key=lambda i: runs[i].optimizer if mapped else i

@@ -25,19 +25,38 @@ class RefusedError(Exception):
   """The folder cannot be used; the message says why, and what to do."""
 
 
-def claim(
-  out: Path, config: Mapping[str, Any], *, resume: bool
-) -> filelock.BaseFileLock:
-  """Locks a folder for a run, and prepares it.
-
-  Args:
-    out: The folder, which is made if it does not exist.
-    config: The options that determine what the run computes, in JSON's types.
-    resume: Whether the run in the folder goes on.
+def lock(out: Path) -> filelock.BaseFileLock:
+  """Locks a folder, which is made if it does not exist.
 
   Returns:
     The lock: a context manager that releases it. The end of the process
     releases it, too.
+
+  Raises:
+    RefusedError: Another process writes there.
+    OSError: The folder cannot be written to.
+  """
+  out.mkdir(parents=True, exist_ok=True)
+  found = filelock.FileLock(out / LOCK, timeout=0)
+  try:
+    found.acquire()
+  except filelock.Timeout:
+    raise RefusedError(
+      f"argument --out: a run is in progress in '{out}'{_process(out)}. Wait"
+      f' until it has ended, or write another --out.'
+    ) from None
+  return found
+
+
+def claim(
+  out: Path, config: Mapping[str, Any], *, resume: bool
+) -> filelock.BaseFileLock:
+  """Locks a folder for a run as :func:`lock` does, and prepares it.
+
+  Args:
+    out: The folder.
+    config: The options that determine what the run computes, in JSON's types.
+    resume: Whether the run in the folder goes on.
 
   Raises:
     RefusedError: Another process writes there, a run of other options has
@@ -49,15 +68,7 @@ def claim(
       f"argument --resume: there is no interrupted run in '{out}'. Leave it"
       f' out, or write the --out of one.'
     )
-  out.mkdir(parents=True, exist_ok=True)
-  lock = filelock.FileLock(out / LOCK, timeout=0)
-  try:
-    lock.acquire()
-  except filelock.Timeout:
-    raise RefusedError(
-      f"argument --out: a run is in progress in '{out}'{_process(out)}. Wait"
-      f' until it has ended, or write another --out.'
-    ) from None
+  claimed = lock(out)
   try:
     if resume:
       _check_resumed(out, config)
@@ -66,9 +77,9 @@ def claim(
       clear(out)
     records.write_started(out / STARTED_WITH, config)
   except BaseException:
-    lock.release()
+    claimed.release()
     raise
-  return lock
+  return claimed
 
 
 def clear(out: Path) -> None:

@@ -206,6 +206,8 @@ def check_transformation(name: str, value: Any, write: str) -> None:
   if callable(value):
     name_ = getattr(value, '__name__', got)
     got = f'the function {name_}, which was not called'
+  if hasattr(value, 'gradient_transformation'):  # optax.MultiSteps
+    write = f'{name}=multi_steps.gradient_transformation()'
   raise TypeError(
     f'{name} must be an optax.GradientTransformation, but got {got}.'
     f' For example: {write}.'
@@ -422,6 +424,20 @@ def check_bools(mask: Any) -> None:
       )
 
 
+def check_one_leaf(mask: Any, params: optax.Params) -> None:
+  """Raises if the bool ``mask`` is for a tree of several ``params``.
+
+  ``optax.inject_hyperparams`` calls a function as a schedule, with the number
+  of updates, unless it is named in ``static_args``: ``not_bias`` returns True.
+  """
+  if not jax.tree_util.treedef_is_leaf(jax.tree.structure(params)):
+    raise ValueError(
+      f'mask must have the structure of params, but got {mask}. Use mask=None'
+      f' to select all leaves. Under optax.inject_hyperparams, name mask in'
+      f' static_args.'
+    )
+
+
 def misfit_of_mask(mask: Any, params: optax.Params) -> ValueError:
   """The error for a mask that does not fit ``params``."""
   parts = {names(path): path for path, _ in jax.tree.leaves_with_path(mask)}
@@ -594,6 +610,8 @@ def no_momentum(reason: str) -> ValueError:
     f'base_tx must keep exactly one average of gradients with the structure of'
     f' params, in a field named trace or mu of its state, but {reason}. Let'
     f' momentum_asam keep it instead: momentum_asam(base_tx, momentum=0.9).'
+    f' Transformations that need a mapped axis or a mesh can go before:'
+    f' optax.chain(transformation, momentum_asam(base_tx)).'
   )
 
 

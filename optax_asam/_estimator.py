@@ -2,7 +2,10 @@
 
 from collections.abc import Callable
 import functools
+import inspect
 from typing import Any
+from typing import ParamSpec
+from typing import TypeVar
 
 import chex
 import optax
@@ -13,6 +16,9 @@ from optax_asam import ascent as _ascent
 from optax_asam import descent as _descent
 from optax_asam import normalization as _normalization
 from optax_asam import transform
+
+P = ParamSpec('P')
+R = TypeVar('R')
 
 GradFn = Callable[[optax.Params], optax.Updates]
 ValueAndGradFn = Callable[[optax.Params], tuple[Any, optax.Updates]]
@@ -78,6 +84,19 @@ def estimator(
     return out, perturbed_grads
 
   return take
+
+
+def usable_as_decorator(factory: Callable[P, R]) -> Callable[P, R]:
+  """Lets ``factory`` take options alone: ``@factory(rho=0.5)``."""
+  (first, *_) = inspect.signature(factory).parameters
+
+  @functools.wraps(factory)
+  def checked(*args: P.args, **kwargs: P.kwargs) -> Any:
+    if args or first in kwargs:
+      return factory(*args, **kwargs)
+    return functools.partial(factory, **kwargs)
+
+  return checked
 
 
 def without_value(

@@ -103,6 +103,8 @@ def resolve_mask(mask: Mask | None, params: optax.Params) -> PyTree:
     return jax.tree.map(lambda _: True, params)
   prefix = mask(params) if is_function(mask) else mask
   _checks.check_bools(prefix)
+  if isinstance(mask, (bool, np.bool_)):
+    _checks.check_one_leaf(mask, params)
   try:
     selected = jax.tree.map(
       lambda value, subtree: jax.tree.map(lambda _: bool(value), subtree),

@@ -45,8 +45,9 @@ def asam(
     base_tx: The optimizer, such as ``optax.sgd(0.1, momentum=0.9)``.
     rho: The radius :math:`\rho \ge 0` of the perturbation: a number, a traced
       scalar, or an Optax schedule of the number of updates; only a concrete
-      number is checked. The default is for ``ord=2``: with ``ord=inf`` it would
-      move every weight by half.
+      number is checked. The default is for element-wise normalization and
+      ``ord=2``: others need a much smaller one, SAM usually 0.05. With
+      ``ord=inf``, it would move every weight by half.
     eta: The constant :math:`\eta \ge 0` of element-wise normalization, used if
       ``adaptive`` is True.
     adaptive: True for element-wise normalization of all but biases, False for
@@ -71,9 +72,9 @@ def asam(
   Returns:
     An :class:`optax.GradientTransformationExtraArgs`. Its ``update(grads,
     state, params, ...)`` takes ``grad_fn(params) -> grads`` or
-    ``value_fn(params) -> scalar`` by keyword and returns updates in the dtypes
-    of ``grads``. Its state is a tuple of :class:`SharpnessAwareState` and the
-    state of ``base_tx``.
+    ``value_fn(params) -> scalar`` by keyword and returns the updates of
+    ``base_tx``, which it passes gradients in the dtypes of ``grads``. Its state
+    is a tuple of :class:`SharpnessAwareState` and the state of ``base_tx``.
 
   Raises:
     TypeError: An argument or the result of a function has the wrong type.

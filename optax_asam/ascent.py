@@ -12,6 +12,14 @@ from optax_asam import _geometry
 from optax_asam import _trees
 from optax_asam import normalization as _normalization
 
+__all__ = (
+  'FriendlyState',
+  'ScaleByRhoState',
+  'friendly',
+  'rho_ball',
+  'steepest_ascent',
+)
+
 
 def steepest_ascent(
   normalization: _normalization.Normalization,
@@ -96,17 +104,18 @@ class ScaleByRhoState(NamedTuple):
   """State of the last part of :func:`rho_ball`.
 
   Attributes:
-    step: Number of updates so far, an int32 scalar. It is not called ``count``,
-      so that ``optax.tree.get(state, 'count')`` finds that of Adam.
+    rho_step: Number of updates so far, an int32 scalar. Its name is unique, so
+      that ``optax.tree.get(state, 'count')`` finds that of Adam, and ``'step'``
+      that of :class:`optax_asam.SharpnessAwareState`.
   """
 
-  step: jax.typing.ArrayLike
+  rho_step: jax.typing.ArrayLike
 
 
 def rho_ball(
   rho: chex.Numeric | optax.Schedule,
-  eta: chex.Numeric,
-  adaptive: bool | _normalization.Normalization,
+  eta: chex.Numeric = 0.01,
+  adaptive: bool | _normalization.Normalization = True,
   *,
   ord: float = 2,
   mask: _trees.Mask | None = None,
@@ -273,10 +282,11 @@ def scale_by_rho(
 
   def init_fn(params):
     del params
-    return ScaleByRhoState(step=jnp.zeros([], jnp.int32))
+    return ScaleByRhoState(rho_step=jnp.zeros([], jnp.int32))
 
   def update_fn(updates, state, params=None):
-    radius = _checks.checked_radius(rho(state.step)) if callable(rho) else rho
+    step = state.rho_step
+    radius = _checks.checked_radius(rho(step)) if callable(rho) else rho
     eps = jax.tree.map(
       lambda e, w: (
         e
@@ -287,6 +297,6 @@ def scale_by_rho(
       params,
       is_leaf=_checks.is_masked,
     )
-    return eps, ScaleByRhoState(step=optax.safe_increment(state.step))
+    return eps, ScaleByRhoState(rho_step=optax.safe_increment(step))
 
   return optax.GradientTransformation(init_fn, update_fn)

@@ -51,7 +51,8 @@ def value_and_grad(
       several, the norm is taken over all of them.
     has_aux: Whether ``fun`` returns auxiliary data.
     rho: The radius :math:`\rho \ge 0`, a number or a traced scalar. Evaluate
-      a schedule in the train step: no updates are counted here.
+      a schedule in the train step: no updates are counted here. The default is
+      for element-wise normalization and ``ord=2``; SAM usually takes 0.05.
     eta: The constant :math:`\eta \ge 0` of element-wise normalization.
     adaptive: True for element-wise normalization of all but biases, False for
       none (SAM), or a normalization such as ``normalization.filterwise(0.01)``.

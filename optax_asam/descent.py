@@ -11,6 +11,12 @@ from optax_asam import _checks
 from optax_asam import _geometry
 from optax_asam import _trees
 
+__all__ = (
+  'Descent',
+  'gsam',
+  'wsam',
+)
+
 Descent = Callable[[optax.Updates, optax.Updates], optax.Updates]
 
 

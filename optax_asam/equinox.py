@@ -18,6 +18,7 @@ from optax_asam import descent as _descent
 from optax_asam import normalization as _normalization
 
 
+@_estimator.usable_as_decorator
 def filter_value_and_grad(
   fun: Callable[..., Any],
   *,
@@ -50,7 +51,8 @@ def filter_value_and_grad(
       scalar and auxiliary data.
     has_aux: Whether ``fun`` returns auxiliary data.
     rho: The radius :math:`\rho \ge 0`, a number or a traced scalar. Evaluate
-      a schedule in the train step: no updates are counted here.
+      a schedule in the train step: no updates are counted here. The default is
+      for element-wise normalization and ``ord=2``; SAM usually takes 0.05.
     eta: The constant :math:`\eta \ge 0` of element-wise normalization.
     adaptive: True for element-wise normalization of all but biases, False for
       none (SAM), or a normalization, such as
@@ -149,6 +151,7 @@ def filter_value_and_grad(
   return value_and_grad_fn
 
 
+@_estimator.usable_as_decorator
 def filter_grad(
   fun: Callable[..., Any],
   *,

@@ -90,7 +90,8 @@ def momentum_asam(
     TypeError: An argument is of the wrong type.
     ValueError: An argument is out of its range; ``update`` is called without
       ``params``; or ``momentum`` is None, and ``init`` does not find exactly
-      one average of gradients in the state of ``base_tx``.
+      one average of gradients in the state of ``base_tx``. To find out,
+      ``init`` takes two updates of ``base_tx`` on small arrays.
 
   Examples:
     >>> import jax
@@ -215,8 +216,9 @@ def eval_params(opt_state: Any, params: optax.Params) -> optax.Params:
       ``optax.MultiSteps``. It may have been converted to nested dictionaries.
       An object with such a state as its attribute ``opt_state``, such as Flax's
       ``TrainState`` or ``nnx.Optimizer``, also works.
-    params: The parameters of the training loop at the same step, a pytree of
-      arrays or of Flax NNX variables, such as ``nnx.state(model, nnx.Param)``.
+    params: The parameters of the training loop at the same step, not what this
+      function returned: a pytree of arrays or of Flax NNX variables, such as
+      ``nnx.state(model, nnx.Param)``.
 
   Returns:
     A pytree like ``params``, in the same dtypes. Leaves that are masked out are

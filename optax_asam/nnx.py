@@ -23,6 +23,7 @@ from optax_asam import normalization as _normalization
 Argnum = int | nnx.DiffState
 
 
+@_estimator.usable_as_decorator
 def value_and_grad(
   f: Callable[..., Any],
   argnums: Argnum | Sequence[Argnum] = 0,
@@ -61,7 +62,8 @@ def value_and_grad(
       over all of them.
     has_aux: Whether ``f`` returns auxiliary data.
     rho: The radius :math:`\rho \ge 0`, a number or a traced scalar. Evaluate
-      a schedule in the train step: no updates are counted here.
+      a schedule in the train step: no updates are counted here. The default is
+      for element-wise normalization and ``ord=2``; SAM usually takes 0.05.
     eta: The constant :math:`\eta \ge 0` of element-wise normalization.
     adaptive: True for element-wise normalization of all but biases, False for
       none (SAM), or a normalization such as ``normalization.filterwise(0.01)``.
@@ -160,6 +162,7 @@ def value_and_grad(
   return value_and_grad_fn
 
 
+@_estimator.usable_as_decorator
 def grad(
   f: Callable[..., Any],
   argnums: Argnum | Sequence[Argnum] = 0,

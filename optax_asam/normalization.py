@@ -13,10 +13,21 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_asam import _checks
 from optax_asam import _trees
+
+__all__ = (
+  'Normalization',
+  'elementwise',
+  'filterwise',
+  'identity',
+  'layerwise',
+  'normalization_layers',
+  'not_bias',
+)
 
 Normalization = Callable[[optax.Params], Any]
 
@@ -41,9 +52,10 @@ def not_bias(params: optax.Params) -> Any:
 
   A leaf is a bias if the last name on its path is ``bias``, ``biases``,
   ``bias_*``, ``*_bias``, ``b``, ``b_*``, ``b`` and a number, ``beta`` or
-  ``offset``, as in the trees of Flax (linen and NNX), Haiku and Equinox. Of a
-  name such as ``layers.0.bias``, only the part after the last ``.`` or ``/``
-  counts. Positions in a list are not names, nor are ``value`` and
+  ``offset``, as in the trees of Flax (linen and NNX), Haiku and Equinox; but
+  not ``b`` beside ``a``, the factors of LoRA. Of a name such as
+  ``layers.0.bias``, only the part after the last ``.`` or ``/`` counts.
+  Positions in a list are not names, nor are ``value`` and
   ``raw_value``, in which an NNX variable holds its array.
 
   Args:
@@ -63,15 +75,26 @@ def not_bias(params: optax.Params) -> Any:
   References:
     Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021, section 4.
   """
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: _BIAS.fullmatch(_last_name(path)) is None, params
-  )
+  in_layer = collections.defaultdict(set)  # names, for each layer
+  for path, _ in jax.tree.leaves_with_path(params):
+    layer, name = _layer_and_name(path)
+    in_layer[layer].add(name)
+
+  def is_selected(path, _):
+    layer, name = _layer_and_name(path)
+    is_lora = name == 'b' and 'a' in in_layer[layer]
+    return is_lora or _BIAS.fullmatch(name) is None
+
+  return jax.tree_util.tree_map_with_path(is_selected, params)
 
 
-def _last_name(path: Any) -> str:
-  """The last name on a key path, or ''."""
-  names = [name for name in _names(path) if isinstance(name, str)]
-  return names[-1] if names else ''
+def _layer_and_name(path: Any) -> tuple[tuple[Any, ...], str]:
+  """What leads to the last name on a key path, and that name, or ''."""
+  names = _names(path)
+  while names and not isinstance(names[-1], str):
+    names.pop()
+  *layer, name = names or ['']
+  return tuple(layer), name
 
 
 def _names(path: Any) -> list[Any]:
@@ -352,7 +375,7 @@ def check(name: str, value: Any) -> None:
 def of(eta: chex.Numeric, adaptive: bool | Normalization) -> Normalization:
   """The normalization that two arguments of :func:`optax_asam.asam` mean."""
   _checks.check_scale('eta', eta, '0.01')
-  if isinstance(adaptive, bool):
+  if isinstance(adaptive, (bool, np.bool_)):
     return elementwise(eta) if adaptive else identity()
   check('adaptive', adaptive)
   return adaptive

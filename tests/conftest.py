@@ -53,11 +53,11 @@ def x64():
 
 @pytest.fixture
 def params():
-  """Parameters of a dense layer, in float32."""
+  """Parameters of a dense layer, in the default dtype."""
   rng = np.random.default_rng(0)
   return {
-    'kernel': jnp.asarray(rng.standard_normal((3, 2)), jnp.float32),
-    'bias': jnp.asarray(rng.standard_normal(2), jnp.float32),
+    'kernel': jnp.asarray(rng.standard_normal((3, 2))),
+    'bias': jnp.asarray(rng.standard_normal(2)),
   }
 
 

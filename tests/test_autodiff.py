@@ -1,6 +1,5 @@
 """Promise: value_and_grad and grad are drop-ins for JAX's own."""
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -243,12 +242,3 @@ def test_the_function_keeps_its_name():
   """As jax.grad's result does."""
   assert optax_asam.grad(loss_fn).__name__ == 'loss_fn'
   assert optax_asam.value_and_grad(loss_fn).__doc__ == loss_fn.__doc__
-
-
-def test_modules_are_refused():
-  """What they hold beside parameters would be differentiated and perturbed."""
-  network = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
-  with pytest.raises(TypeError, match=r'optax_asam\.nnx\.value_and_grad'):
-    optax_asam.value_and_grad(lambda m, x: m(x).sum())(
-      network, jnp.ones((1, 2))
-    )

@@ -9,7 +9,9 @@ import pytest
 
 from optax_asam import asam
 from optax_asam import ascent
+from optax_asam import eval_params
 from optax_asam import looksam
+from optax_asam import momentum_asam
 from tests.helpers.cases import BASES
 from tests.helpers.cases import FAST_BASES
 from tests.helpers.cases import LINE_SEARCHES
@@ -104,6 +106,23 @@ def test_constant_rho(base):
 def test_looksam(base, target):
   """LookSAM reaches minima where rho decays to zero."""
   assert asam_distance(base, target, looksam)(RHO, 0.0) < CONVERGED
+
+
+def test_momentum_asam_with_a_constant_rho():
+  """W comes near the minimum of a bowl, and w + eps keeps its distance."""
+  loss_fn, start, _ = TARGETS['parabola']
+  tx = momentum_asam(optax.sgd(0.01, momentum=0.9), RHO)
+
+  def step(carry, _):
+    params, state = carry
+    updates, state = tx.update(jax.grad(loss_fn)(params), state, params)
+    params = optax.apply_updates(params, updates)
+    w = eval_params(state, params)
+    return (params, state), (loss_fn(w), loss_fn(params))
+
+  _, losses = jax.lax.scan(step, (start, tx.init(start)), length=STEPS)
+  clean, perturbed = (loss[-1000:] for loss in losses)
+  assert clean.max() < 1e-2 < perturbed.min()
 
 
 @functools.cache

@@ -121,6 +121,16 @@ def test_gradient_of_zero():
     assert not any(w.any() for w in jax.tree.leaves(updates))
 
 
+def test_random_numbers_have_the_dtype_of_params(x64):
+  """JAX would draw float64."""
+  params = {'w': jnp.full(3, 0.5, jnp.float32)}
+  loss_fn = lambda params: jnp.sum(params['w'] ** 2)
+  measure = sharpness.average_case(
+    loss_fn, params, 0.1, jax.random.key(0), samples=1, distribution='uniform'
+  )
+  assert measure.dtype == jnp.float32
+
+
 def test_value_and_grad_and_sharpness():
   """The other uses of the same pieces."""
   key = jax.random.key(0)

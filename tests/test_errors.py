@@ -198,6 +198,10 @@ TYPE_ERRORS = [
   ],
   (lambda: asam(SGD, mask={'dense': 1}), "mask['dense'] & 1 & mask="),
   (
+    lambda: asam(optax.MultiSteps(SGD, 2)),
+    'base_tx & MultiSteps & base_tx=multi_steps.gradient_transformation()',
+  ),
+  (
     lambda: good_update(asam(SGD, when=lambda step: step)),
     'when & int32 & when=lambda step:',
   ),
@@ -245,6 +249,10 @@ VALUE_ERRORS = [
   (
     lambda: normalization.elementwise(mask={'w': False, 'activation': None}),
     "mask & 'w': False & mask=None",
+  ),
+  (  # As optax.inject_hyperparams makes it of a function.
+    lambda: good_update(asam(SGD, mask=True)),
+    'mask & True & mask=None & static_args',
   ),
   (
     lambda: good_update(asam(SGD, adaptive=lambda params: {'dense': 1})),

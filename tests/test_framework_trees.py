@@ -11,7 +11,6 @@ from flax import linen
 from flax import nnx
 import haiku as hk
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -297,19 +296,3 @@ def test_layer_called_value():
       if not isinstance(x, int)
     }
     assert selected == {'fc/fc/kernel', 'fc/fc/bias'}
-
-
-@pytest.mark.parametrize(
-  'params',
-  [
-    [jnp.ones((2, 3)), jnp.zeros(3)],
-    ([(jnp.ones((2, 3)), jnp.zeros(3)), [jnp.ones(())]], jnp.zeros(3)),
-    jnp.zeros(3),
-  ],
-)
-def test_without_names_everything_is_normalized(params):
-  """Positions say nothing about biases."""
-  assert all(jax.tree.leaves(normalization.not_bias(params)))
-  t = normalization.elementwise(eta=0.25)(params)
-  expected = jax.tree.map(lambda w: jnp.abs(w) + 0.25, params)
-  jax.tree.map(np.testing.assert_array_equal, t, expected)

@@ -85,45 +85,27 @@ def base_optimizer(name, lr, momentum=None, weight_decay=0.0):
   )
 
 
-def make_step(interface, loss_fn, config):
+def make_step(loss_fn, config):
   """``step(params, state, batch) -> (params, state, loss)`` and its init."""
-  base_tx = base_optimizer(**config['base'])
-  hyperparams = {
-    'rho': config['rho'],
-    'eta': config['eta'],
-    'adaptive': config['minimizer'] == 'asam',
-  }
-  if interface == 'value_and_grad':
-    tx = base_tx
-    value_and_grad = optax_asam.value_and_grad(loss_fn, **hyperparams)
-  else:
-    tx = optax_asam.asam(base_tx, **hyperparams)
-    value_and_grad = jax.value_and_grad(loss_fn)
+  tx = optax_asam.asam(
+    base_optimizer(**config['base']),
+    config['rho'],
+    config['eta'],
+    adaptive=config['minimizer'] == 'asam',
+  )
 
   @jax.jit
   def step(params, state, inputs, labels):
     value_fn = lambda params: loss_fn(params, inputs, labels)
-    value, grads = value_and_grad(params, inputs, labels)
-    extra_args = {
-      'grad_fn': {'grad_fn': jax.grad(value_fn)},
-      'value_fn': {'value_fn': value_fn},
-      'value_and_grad': {},
-    }[interface]
-    updates, state = tx.update(grads, state, params, **extra_args)
+    value, grads = jax.value_and_grad(value_fn)(params)
+    updates, state = tx.update(grads, state, params, value_fn=value_fn)
     return optax.apply_updates(params, updates), state, value
 
   return step, tx.init
 
 
-@pytest.mark.parametrize(
-  ('file', 'interface'),
-  [
-    *[(file, 'value_fn') for file in FILES],
-    ('asam_mlp', 'grad_fn'),
-    ('asam_mlp', 'value_and_grad'),
-  ],
-)
-def test_trajectory(x64, file, interface):
+@pytest.mark.parametrize('file', FILES)
+def test_trajectory(x64, file):
   """Fifty steps: losses, perturbed losses and parameters are the authors'."""
   data = np.load(GOLDEN / f'{file}.npz')
   config = json.loads(str(data['config']))
@@ -145,7 +127,7 @@ def test_trajectory(x64, file, interface):
     )
     return loss
 
-  step, init = make_step(interface, loss_fn, config)
+  step, init = make_step(loss_fn, config)
   params = stored('init')
   state = init(params)
   losses = []
@@ -154,9 +136,8 @@ def test_trajectory(x64, file, interface):
       params, state, data['inputs'][i], data['labels'][i]
     )
     losses.append(loss)
-    if interface == 'value_fn':
-      perturbed_loss = data['perturbed_loss'][i]
-      assert error(state[0].perturbed_value, perturbed_loss) < tolerance
+    perturbed_loss = data['perturbed_loss'][i]
+    assert error(state[0].perturbed_value, perturbed_loss) < tolerance
     if i + 1 in (1, 10, 50):
       assert error(params, stored(f'after_{i + 1}')) < tolerance
   jax.effects_barrier()

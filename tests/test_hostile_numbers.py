@@ -7,8 +7,6 @@ program with dynamic loss scaling runs here.
 """
 
 import functools
-import pathlib
-import re
 
 from flax.training.dynamic_scale import DynamicScale
 import jax
@@ -19,12 +17,12 @@ import pytest
 
 import optax_asam
 from optax_asam import asam
+from tests.helpers import pages
 from tests.helpers import reference
 from tests.helpers.cases import DESCENTS
 from tests.helpers.support import assert_same_bits
 from tests.helpers.support import error
 
-ROOT = pathlib.Path(__file__).parents[1]
 ORDS = [2, 3, jnp.inf]
 # A number, and the ords for which a clean gradient gives no perturbation that
 # holds it in one leaf, and in all.
@@ -343,8 +341,7 @@ def test_float16(params, ord):
 @pytest.fixture(scope='module')
 def float16_program():
   """What the program in docs/non_finite.md defines, and its loop's code."""
-  page = (ROOT / 'docs' / 'non_finite.md').read_text()
-  program, loop = re.findall(r'```python\n(.*?)```', page, re.DOTALL)
+  program, loop = pages.blocks(pages.read_page('non_finite'))
   namespace = {}
   exec(program, namespace)
   return namespace, loop

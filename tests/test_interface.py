@@ -44,7 +44,7 @@ SIGNATURES = {
   ),
   optax_asam.eval_params: '(opt_state, params)',
   ascent.steepest_ascent: '(normalization, *, ord=2, mask=None)',
-  ascent.rho_ball: '(rho, eta, adaptive, *, ord=2, mask=None)',
+  ascent.rho_ball: '(rho, eta=0.01, adaptive=True, *, ord=2, mask=None)',
   ascent.friendly: '(sigma=1.0, decay=0.9)',
   descent.gsam: '(alpha=0.4)',
   descent.wsam: '(gamma=0.9)',

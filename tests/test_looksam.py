@@ -22,16 +22,6 @@ SGD = optax.sgd(0.1)
 RHO, ALPHA, EVERY_K = 0.3, 0.4, 3
 
 
-@pytest.fixture
-def params():
-  """Parameters of a dense layer, in the default dtype."""
-  rng = np.random.default_rng(0)
-  return {
-    'kernel': jnp.asarray(rng.standard_normal((3, 2))),
-    'bias': jnp.asarray(rng.standard_normal(2)),
-  }
-
-
 def run_by_hand(params, steps, base, rho, p, operator, normalized, perturbed):
   """LookSAM in NumPy; of vectors, where all leaves count alike."""
   vector = lambda tree: np.concatenate([tree['bias'], tree['kernel'].ravel()])
@@ -126,31 +116,6 @@ def test_updates_in_between_compute_no_perturbation(params):
   step = lambda p, s: tx.update(p, s, p, grad_fn=lambda p: p)
   program = jax.jit(step).lower(params, tx.init(params)).as_text('hlo')
   assert 'sqrt(' not in program[program.index('ENTRY') :]
-
-
-def test_two_steps_in_python(params):
-  """One with ``every_k=1``, and one that is never given a second gradient."""
-
-  def make_step(every_k, second_gradient):
-    tx = looksam(SGD, RHO, every_k=every_k, alpha=ALPHA)
-
-    @jax.jit
-    def step(params, state):
-      grads = GRAD_FN(params)
-      grad_fn = GRAD_FN if second_gradient else lambda _: grads
-      updates, state = tx.update(grads, state, params, grad_fn=grad_fn)
-      return optax.apply_updates(params, updates), state
-
-    return tx.init, step
-
-  init, look = make_step(1, True)
-  _, reuse = make_step(EVERY_K, False)
-  carry = params, init(params)
-  for i in range(7):
-    carry = (reuse if i % EVERY_K else look)(*carry)
-  tx = looksam(SGD, RHO, every_k=EVERY_K, alpha=ALPHA)
-  expected, _ = run(tx, params, 7)
-  assert error(carry, expected) < 1e-5
 
 
 PASS_ON = looksam(optax.identity(), RHO, every_k=2, alpha=ALPHA)

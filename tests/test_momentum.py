@@ -301,21 +301,6 @@ def test_drift(dtype, momentum):
   assert error(eval_params(carry[1], carry[0]), params) < 1e-5
 
 
-def test_late_phase():
-  """With a schedule, nothing is perturbed at first, and again in the end."""
-  rho = lambda step: jnp.where((step >= 3) & (step < 6), 0.5, 0.0)
-  tx, params = momentum_asam(SGD, rho), make_params()
-  step = jax.jit(training_step(tx, jax.grad(reference.polynomial)))
-  carry = params, tx.init(params)
-  perturbed = []
-  for _ in range(8):
-    carry, _ = step(carry, None)
-    perturbed.append(error(carry[0], eval_params(carry[1], carry[0])))
-  assert max(perturbed[:3]) == 0
-  assert min(perturbed[3:6]) > 1e-2
-  assert max(perturbed[6:]) < 1e-6
-
-
 @pytest.mark.parametrize('value', [np.nan, np.inf])
 def test_non_finite_gradients(value):
   """They are left out of the average, and reach the base."""
@@ -464,17 +449,6 @@ def test_eval_params_of_layers():
   assert_same_bits(eval_params(state, looped), clean)
   saved = serialization.to_state_dict(state)
   assert_same_bits(eval_params(saved, looped), clean)
-
-
-def test_weight_decay_of_w():
-  """The base sees w, not w + eps."""
-  base_tx = optax.chain(optax.add_decayed_weights(1.0), optax.sgd(0.1))
-  tx = momentum_asam(base_tx, 0.5, momentum=0.9)
-  grad_fn = lambda params: jax.tree.map(jnp.ones_like, params)
-  params, state = train(tx, make_params(), 5, grad_fn)
-  plain, _ = train(base_tx, make_params(), 5, grad_fn)
-  assert error(params, plain) > 1e-2
-  assert error(eval_params(state, params), plain) < 1e-6
 
 
 def test_map_params():

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import optax_asam
-from optax_asam import _checks
 import optax_asam.nnx
 from tests.helpers import reference
 from tests.helpers.cases import OPTIONS
@@ -298,7 +297,8 @@ def test_options(model, option):
 
   expected = optax_asam.value_and_grad(pure_loss_fn, **options)(params)
   result = optax_asam.nnx.value_and_grad(small_loss_fn, **options)(model, x)
-  grads = optax_asam.nnx.grad(small_loss_fn, **options)(model, x)
+  # As a decorator, which NNX's own can be.
+  grads = optax_asam.nnx.grad(**options)(small_loss_fn)(model, x)
 
   assert error(result, expected) < 1e-6
   assert error(grads, expected[1]) < 1e-6
@@ -404,20 +404,18 @@ def test_tree_mode(model, mode):
 
 
 @pytest.mark.parametrize(
-  ('arguments', 'exception', 'message'),
+  ('arguments', 'message'),
   [
-    ({'f': 1}, TypeError, 'f must be a function'),
-    ({'rho': lambda step: 0.5}, TypeError, 'rho=schedule'),
-    ({'rho': -1.0}, ValueError, 'rho must be finite'),
-    ({'argnums': 0.5}, TypeError, 'rho=0.5'),
-    ({'argnums': 2}, TypeError, 'argnums must index'),
-    ({'argnums': -1}, TypeError, 'argnums must index'),
-    ({'argnums': nnx.DiffState(2, ...)}, TypeError, 'argnums must'),
+    ({'f': 1}, 'f must be a function'),
+    ({'argnums': 0.5}, 'rho=0.5'),
+    ({'argnums': 2}, 'argnums must index'),
+    ({'argnums': -1}, 'argnums must index'),
+    ({'argnums': nnx.DiffState(2, ...)}, 'argnums must'),
   ],
 )
-def test_errors(model, arguments, exception, message):
+def test_errors(model, arguments, message):
   """Name the argument, and what to write instead."""
-  with pytest.raises(exception, match=message):
+  with pytest.raises(TypeError, match=message):
     optax_asam.nnx.grad(**{'f': small_loss_fn, **arguments})(model, jnp.eye(3))
 
 
@@ -425,13 +423,7 @@ def test_errors(model, arguments, exception, message):
 def test_module_of_other_variables_is_an_error(network, wrap):
   """In the plain functions, which would perturb its statistics."""
   with pytest.raises(TypeError, match=r'optax_asam\.nnx\.value_and_grad'):
-    _checks.check_not_module(wrap(network))
-
-
-def test_parameters_are_no_module(network):
-  """Neither are trees of arrays."""
-  _checks.check_not_module(nnx.state(network, nnx.Param))
-  _checks.check_not_module({'kernel': jnp.ones(3), 'bias': None})
+    optax_asam.value_and_grad(lambda modules: 0.0)(wrap(network))
 
 
 @pytest.mark.skipif(
@@ -439,7 +431,6 @@ def test_parameters_are_no_module(network):
 )
 def test_module_of_params_is_a_pytree(model):
   """The plain function takes it, and knows its biases."""
-  _checks.check_not_module(model)
   grads = optax_asam.grad(small_loss_fn)(model, jnp.eye(3))
   expected = optax_asam.nnx.grad(small_loss_fn)(model, jnp.eye(3))
   assert error(nnx.state(grads), expected) < 1e-6

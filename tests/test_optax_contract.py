@@ -57,6 +57,7 @@ STATIC_ARGS = (  # Those of docs/composition.md.
   'mask',
   'ascent_steps',
   'every_k',
+  'when',
   'descent',
   'perturbed_dtype',
 )
@@ -309,7 +310,7 @@ INJECTED = {
     optax.inject_hyperparams(
       looksam,
       static_args=[
-        a for a in STATIC_ARGS if a not in ('ascent_steps', 'descent')
+        a for a in STATIC_ARGS if a not in ('ascent_steps', 'when', 'descent')
       ],
     )(SGD, RHO, ETA, every_k=1),
     # A compiled branch, as with every_k=2, would fold a number: an ulp.

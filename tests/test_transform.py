@@ -25,16 +25,6 @@ GRAD_FN = jax.grad(polynomial)
 SGD = optax.sgd(0.1, momentum=0.9)
 
 
-@pytest.fixture
-def params():
-  """Parameters of a dense layer, in the default dtype."""
-  rng = np.random.default_rng(0)
-  return {
-    'kernel': jnp.asarray(rng.standard_normal((3, 2))),
-    'bias': jnp.asarray(rng.standard_normal(2)),
-  }
-
-
 def test_state(x64, params):
   """The count, and with value_fn the value L(w + eps), in float64."""
   tx = asam(optax.sgd(0.1), 0.3, every_k=2)
@@ -252,20 +242,3 @@ def test_donation(params):
   for _ in range(2):
     params, state = step(params, state)
   assert state[0].step == 2
-
-
-def test_compiled_once(params):
-  """The second call, and a new value of a traced rho, compile nothing."""
-
-  @jax.jit
-  def step(params, state, rho):
-    tx = asam(optax.adam(0.1), rho=rho, every_k=2)
-    updates, state = tx.update(
-      GRAD_FN(params), state, params, value_fn=polynomial
-    )
-    return optax.apply_updates(params, updates), state
-
-  state = asam(optax.adam(0.1)).init(params)
-  for rho in (0.1, 0.2, 0.3):
-    params, state = step(params, state, rho)
-  assert step._cache_size() == 1

@@ -26,6 +26,7 @@ import jax
 
 from experiments import cli
 from experiments import data
+from experiments import run_folder
 from experiments.paper import budget_comparison
 from experiments.paper import budget_methods
 from experiments.paper import budget_report
@@ -34,7 +35,6 @@ from experiments.paper import budget_training
 from experiments.report import records
 
 CONFIG = 'config.json'
-RESULTS = 'results.json'
 
 
 def make_program() -> budget_comparison.Program:
@@ -70,7 +70,6 @@ def make_parser(program: budget_comparison.Program) -> cli.Parser:
   add('--out', type=Path, default=Path('out') / prog, help='for results')
   add('--minutes', type=cli.positive(8), help='when to stop (never)')
   add('--lanes', type=cli.count(20), help='runs at once (1 on CPU, else 20)')
-  add('--threads', type=cli.count(8), help='to compile ahead (none on CPU)')
   add('--commit', help='of a copy of the code without its repository')
   return parser
 
@@ -109,7 +108,7 @@ def read(
   parser: cli.Parser, out: Path, config: dict[str, Any]
 ) -> dict[str, Any]:
   """The results so far; exits if they are of other settings."""
-  path = out / RESULTS
+  path = out / run_folder.RESULTS
   if not path.exists():
     return {'config': config, 'tasks': {}}
   results = json.loads(path.read_text())
@@ -122,7 +121,7 @@ def read(
 
 
 def agree(before: Any, now: Any) -> bool:
-  """Whether settings are equal, except for tasks and methods of one of them.
+  """Whether settings are equal, as far as both have them.
 
   Without a task that is in both, they are of other programs.
   """
@@ -153,7 +152,6 @@ def load(
         datasets[name],
         max_lanes=args.lanes or (1 if on_cpu else 20),
         deadline=deadline,
-        threads=args.threads or (0 if on_cpu else 8),
       )
     trainers[name] = by_data[read_data]
   return datasets, trainers
@@ -170,7 +168,6 @@ def train(
   """Trains what is missing, and returns the results."""
   deadline = time.monotonic() + 60 * (args.minutes or math.inf)
   datasets, trainers = load(parser, args, program, deadline)
-  args.out.mkdir(parents=True, exist_ok=True)
   started = args.out / CONFIG
   records.write_started(started, config)
   provenance = records.provenance(program.name, argv, started)
@@ -182,19 +179,15 @@ def train(
     'tasks': results['tasks'],
   }
   comparison = budget_comparison.Comparison(
-    args.out / RESULTS, results, trainers, datasets, program
+    args.out / run_folder.RESULTS, results, trainers, datasets, program
   )
   work = budget_comparison.missing(program, results, args.tasks, args.methods)
   try:
-    for each in work:
-      comparison.prepare(*each)
     for each in work:
       comparison.run(*each)
   except budget_training.OutOfTime:
     print('Out of time. To go on, repeat the command.')
   finally:
-    for trainer in trainers.values():
-      trainer.close()
     results['complete'] = not budget_comparison.missing(
       program, results, program.tasks, program.methods
     )
@@ -218,9 +211,10 @@ def compare(
   """Trains what is not in ``--out`` yet, and prints the tables."""
   prog = program.name.rsplit('.', 1)[-1]
   config = make_config(program, args)
-  results = read(parser, args.out, config)
-  if budget_comparison.missing(program, results, args.tasks, args.methods):
-    results = train(program, parser, argv, args, config, results)
+  with cli.lock_out(parser, args.out):
+    results = read(parser, args.out, config)
+    if budget_comparison.missing(program, results, args.tasks, args.methods):
+      results = train(program, parser, argv, args, config, results)
   if not budget_report.tables(results):
     return
   with records.replacing(args.out / f'{prog}.png') as partial:

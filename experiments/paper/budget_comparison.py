@@ -87,42 +87,26 @@ class Comparison:
       },
     )
 
-  def lanes(self, task_name: str, name: str) -> tuple[list[Lane], int]:
-    """The lanes of the search, and the number of those of the results."""
-    task = self._tasks[task_name]
-    config = self.results['config']
-    candidates = budget_methods.candidates(self._methods[name], task.recipe)
-    search = [
-      Lane(seed, values)
-      for values in candidates
-      for seed in config['search_seeds']
-      if len(candidates) > 1
-    ]
-    return search, len(config['seeds'])
-
-  def prepare(self, task_name: str, name: str) -> None:
-    """Starts to compile what a method needs."""
-    search, num_lanes = self.lanes(task_name, name)
-    task = self._tasks[task_name]
-    trainer = self._trainers[task_name]
-    if search:
-      trainer.prepare(task, name, len(search))
-    trainer.prepare(task, name, num_lanes)
-
   def run(self, task_name: str, name: str) -> None:
     """Chooses the values of a method, trains with them, and reads the test."""
     entry = self.entry(task_name, name)
-    search, _ = self.lanes(task_name, name)
+    candidates = budget_methods.candidates(
+      self._methods[name], self._tasks[task_name].recipe
+    )
+    search = [
+      Lane(seed, values)
+      for values in candidates
+      for seed in self.results['config']['search_seeds']
+      if len(candidates) > 1
+    ]
     self._train(task_name, name, search, entry['search'], is_search=True)
     values = budget_report.choose(entry['search']) if search else (0.0, 0.0)
     lanes = [Lane(seed, values) for seed in self.results['config']['seeds']]
     self._train(task_name, name, lanes, entry['runs'], is_search=False)
-    entry['summary'] = budget_report.summarize(entry)
+    metric = self._tasks[task_name].metric
+    entry['summary'] = budget_report.summarize(entry, metric)
     self.write()
-    print(
-      budget_report.line(task_name, entry, self._tasks[task_name].metric),
-      flush=True,
-    )
+    print(budget_report.line(task_name, entry, metric), flush=True)
 
   def _train(self, task_name, name, lanes, done, *, is_search):
     """Trains the lanes that are not done, and appends what is measured."""

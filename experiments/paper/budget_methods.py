@@ -145,18 +145,15 @@ def late(run: Run, rho: chex.Numeric, other: chex.Numeric) -> Tx:
   )
 
 
-def gsam(run: Run, rho: chex.Numeric, alpha: chex.Numeric) -> Tx:
-  """SAM with the descent of GSAM."""
-  return optax_asam.sam(
-    run.base_tx(), rho, mask=run.mask, descent=descent.gsam(alpha)
-  )
+def descending(make_descent: Callable[..., Any]) -> Callable[..., Tx]:
+  """Makes SAM with a descent, of which the other value is the parameter."""
 
+  def make_tx(run, rho, other):
+    return optax_asam.sam(
+      run.base_tx(), rho, mask=run.mask, descent=make_descent(other)
+    )
 
-def wsam(run: Run, rho: chex.Numeric, gamma: chex.Numeric) -> Tx:
-  """SAM with the descent of WSAM."""
-  return optax_asam.sam(
-    run.base_tx(), rho, mask=run.mask, descent=descent.wsam(gamma)
-  )
+  return make_tx
 
 
 def friendly(run: Run, rho: chex.Numeric, other: chex.Numeric) -> Tx:
@@ -227,10 +224,18 @@ METHODS: dict[str, Method] = {
     names=('rho', 'alpha'),
   ),
   'gsam': Method(
-    'GSAM', gsam, 2, grid((0.1, 0.2), (0.1, 0.4)), names=('rho', 'alpha')
+    'GSAM',
+    descending(descent.gsam),
+    2,
+    grid((0.1, 0.2), (0.1, 0.4)),
+    names=('rho', 'alpha'),
   ),
   'wsam': Method(
-    'WSAM', wsam, 2, grid((0.05, 0.1), (0.7, 0.9)), names=('rho', 'gamma')
+    'WSAM',
+    descending(descent.wsam),
+    2,
+    grid((0.05, 0.1), (0.7, 0.9)),
+    names=('rho', 'gamma'),
   ),
   'friendly': Method('F-SAM', friendly, 2, SAM),
   'normalization': Method(

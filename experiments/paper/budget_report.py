@@ -69,14 +69,14 @@ def choose(search: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
   return max(scores, key=lambda values: scores[values])
 
 
-def summarize(method: Mapping[str, Any]) -> dict[str, Any]:
+def summarize(method: Mapping[str, Any], metric: str) -> dict[str, Any]:
   """The statistics of a method whose runs are all finished."""
   runs = method['runs']
   scores = mean_scores(method['search'])
   return {
     'values': list(runs[0]['values']),
     'candidates': [
-      {'values': list(each), 'held_out_accuracy': score}
+      {'values': list(each), f'held_out_{metric}': score}
       for each, score in scores.items()
     ],
     **{
@@ -117,18 +117,10 @@ def finished(task: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-def _interval(per_seed: Any, factor: float, decimals: int, sign: str = ''):
-  mean, half_width = reporting.t_interval(factor * np.asarray(per_seed))
-  text = f'{mean:{sign}.{decimals}f}'
-  return text if np.isnan(half_width) else f'{text} ± {half_width:.{decimals}f}'
-
-
-def line(
-  task_name: str, method: Mapping[str, Any], metric: str = 'accuracy'
-) -> str:
+def line(task_name: str, method: Mapping[str, Any], metric: str) -> str:
   """A method that has just finished."""
   summary = method['summary']
-  accuracy = reporting.format_accuracy(summary[f'test_{metric}']['per_seed'])
+  accuracy = reporting.format_mean(summary[f'test_{metric}']['per_seed'])
   parts = accuracy, parameters(method)
   return f'{task_name}, {method["title"]}: {"; ".join(filter(None, parts))}'
 
@@ -153,14 +145,14 @@ def table(task: Mapping[str, Any]) -> str:
         for x in (method, base)
       )
       own, others = accuracies
-      difference = _interval(own - others, 100, 2, '+')
+      difference = reporting.format_mean(own - others, sign='+')
     rows.append(
       [
         method['title'],
         parameters(method),
         f'{cost(method):g}',
         *(
-          _interval(summary[name]['per_seed'], factor, decimals)
+          reporting.format_mean(summary[name]['per_seed'], factor, decimals)
           for name, (_, factor, decimals) in shown.items()
         ),
         difference,

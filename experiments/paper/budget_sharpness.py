@@ -33,6 +33,7 @@ import optax
 from experiments import cli
 from experiments import data
 from experiments import models
+from experiments import run_folder
 from experiments.paper import budget
 from experiments.paper import budget_lanes
 from experiments.paper import budget_methods
@@ -221,11 +222,7 @@ def model(task: Mapping[str, Any]) -> str:
 
 def tables(results: Mapping[str, Any]) -> dict[str, str]:
   """The table of each task, and that of the differences, in Markdown."""
-
-  def cell(found, spec='.2f'):
-    tau, low, high = (format(found[x], spec) for x in ('tau', 'low', 'high'))
-    return f'{tau} [{low}, {high}]'
-
+  cell = rank_correlation.format_interval
   made, differences = {}, {}
   for name, task in results['tasks'].items():
     rows, sizes = [], []
@@ -352,35 +349,37 @@ def main(argv: Sequence[str]) -> None:
     '--out', type=Path, default=Path('out/budget_sharpness'), help='for results'
   )
   args = parser.parse_args(argv)
-  config = make_config()
-  results = budget.read(parser, args.out, config)
-  try:
-    datasets = {name: task.load(args.data_dir) for name, task in TASKS.items()}
-  except data.DataError as error:
-    parser.error(str(error))
-  args.out.mkdir(parents=True, exist_ok=True)
-  started = args.out / budget.CONFIG
-  records.write_started(started, config)
-  results = {
-    **records.provenance('experiments.paper.budget_sharpness', argv, started),
-    'complete': False,
-    'config': config,
-    'tasks': results['tasks'],
-  }
-  for name, task in TASKS.items():
-    networks = results['tasks'].setdefault(
-      name, {'title': task.title, 'networks': []}
-    )['networks']
-    train_missing(
-      datasets[name],
-      task,
-      networks,
-      lambda: records.write_json(args.out / budget.RESULTS, results),
-    )
-    results['tasks'][name]['correlations'] = correlate(networks)
-    results['tasks'][name]['differences'] = compare(networks)
-  results['complete'] = True
-  records.write_json(args.out / budget.RESULTS, results)
+  with cli.lock_out(parser, args.out):
+    config = make_config()
+    results = budget.read(parser, args.out, config)
+    try:
+      datasets = {
+        name: task.load(args.data_dir) for name, task in TASKS.items()
+      }
+    except data.DataError as error:
+      parser.error(str(error))
+    started = args.out / budget.CONFIG
+    records.write_started(started, config)
+    results = {
+      **records.provenance('experiments.paper.budget_sharpness', argv, started),
+      'complete': False,
+      'config': config,
+      'tasks': results['tasks'],
+    }
+    for name, task in TASKS.items():
+      networks = results['tasks'].setdefault(
+        name, {'title': task.title, 'networks': []}
+      )['networks']
+      train_missing(
+        datasets[name],
+        task,
+        networks,
+        lambda: records.write_json(args.out / run_folder.RESULTS, results),
+      )
+      results['tasks'][name]['correlations'] = correlate(networks)
+      results['tasks'][name]['differences'] = compare(networks)
+    results['complete'] = True
+    records.write_json(args.out / run_folder.RESULTS, results)
   with records.replacing(args.out / 'budget_sharpness.png') as partial:
     draw(results).savefig(partial, format='png')
   print('\n\n'.join(tables(results).values()))

@@ -28,14 +28,19 @@ def cosine(lr: float, num_steps: chex.Numeric) -> optax.Schedule:
   return lambda step: lr / 2 * (1 + jnp.cos(jnp.pi * step / num_steps))
 
 
-def adamw(
-  num_steps: chex.Numeric, weight_decay: float | jax.Array
-) -> optax.GradientTransformationExtraArgs:
-  """AdamW with clipping."""
-  return optax.chain(
-    optax.clip_by_global_norm(1.0),
-    optax.adamw(cosine(1e-3, num_steps), weight_decay=weight_decay),
-  )
+def adamw(lr: float, mask: Any = None) -> MakeTx:
+  """Makes AdamW with clipping, for what the mask selects."""
+
+  def make_tx(num_steps, weight_decay):
+    tx = optax.chain(
+      optax.clip_by_global_norm(1.0),
+      optax.adamw(cosine(lr, num_steps), weight_decay=weight_decay),
+    )
+    if mask is None:
+      return tx
+    return optax.partition({True: tx, False: optax.set_to_zero()}, mask)
+
+  return make_tx
 
 
 def sgd(
@@ -101,7 +106,7 @@ class Task(NamedTuple):
 
 VIT = Recipe(
   model=vit.ViT(10),
-  make_tx=adamw,
+  make_tx=adamw(1e-3),
   weight_decay=1e-4,
   weight_decays=(0.1, 0.3, 1.0, 3.0),
   has_normalization=True,

@@ -1,7 +1,6 @@
 """Trains runs of a method, as many lanes at once as the memory holds."""
 
 from collections.abc import Sequence
-import concurrent.futures
 import math
 import time
 from typing import Any
@@ -32,8 +31,6 @@ class Trainer:
     dataset: The data set; tasks use the first of its training examples.
     max_lanes: The most lanes at once.
     deadline: The value of ``time.monotonic`` at which to stop.
-    threads: The number of programs that are compiled at once, ahead of their
-      use; 0 to compile each when it is needed.
   """
 
   def __init__(
@@ -41,21 +38,12 @@ class Trainer:
     dataset: data.Dataset,
     max_lanes: int,
     deadline: float = math.inf,
-    threads: int = 0,
   ):
     self._dataset = dataset
     self._images = jnp.asarray(dataset.train.images)
     self._max_lanes = max_lanes
     self._deadline = deadline
-    self._pool = (
-      concurrent.futures.ThreadPoolExecutor(threads) if threads else None
-    )
     self._programs: dict[Any, Any] = {}
-
-  def close(self) -> None:
-    """Drops programs that are not yet compiled."""
-    if self._pool:
-      self._pool.shutdown(wait=False, cancel_futures=True)
 
   def groups(self, lanes: Sequence[Lane]) -> list[Sequence[Lane]]:
     """Lanes that train at once; the last ones are repeated to fill a group."""
@@ -63,12 +51,6 @@ class Trainer:
     size = -(-len(lanes) // count)
     full = [*lanes, *[lanes[-1]] * (count * size - len(lanes))]
     return [full[i : i + size] for i in range(0, len(full), size)]
-
-  def prepare(self, task: budget_tasks.Task, name: str, num_lanes: int) -> None:
-    """Starts to compile the programs of a method, if threads do that."""
-    if self._pool:
-      group = self.groups([Lane(0, (0.0, 0.0))] * num_lanes)[0]
-      self._program(task, budget_methods.METHODS[name], len(group))
 
   def train(
     self, task: budget_tasks.Task, name: str, lanes: Sequence[Lane]
@@ -82,9 +64,8 @@ class Trainer:
       OutOfTime: The deadline has passed.
     """
     method = budget_methods.METHODS[name]
-    program = self._program(task, method, len(lanes))
-    init, run = program.result() if self._pool else program
-    _, num_steps, chunk = steps_of(task, method)
+    init, run = self._program(task, method, len(lanes))
+    num_steps, chunk = steps_of(task, method)
     seeds = [lane.seed for lane in lanes]
     init_keys, augment_keys = jax.vmap(
       lambda seed: jax.random.split(jax.random.key(seed)), out_axes=1
@@ -142,59 +123,20 @@ class Trainer:
     return jnp.asarray(np.stack(rows), jnp.int32)
 
   def _program(self, task, method, num_lanes):
-    """The compiled functions ``init`` and ``run``, or their future."""
-    chunk = steps_of(task, method)[2]
+    """The jitted functions ``init`` and ``run``."""
     # By what is traced: twice the epochs need no program of their own.
-    key = (
-      *(task.recipe, method.make_tx, method.ascent_part),
-      *(num_lanes, chunk),
-    )
+    key = task.recipe, method.make_tx, method.ascent_part, num_lanes
     if key not in self._programs:
-      args = task.recipe, method, num_lanes, chunk
-      self._programs[key] = (
-        self._pool.submit(self._compile, *args)
-        if self._pool
-        else self._compile(*args)
+      self._programs[key] = budget_lanes.make_functions(
+        self._dataset, task.recipe, method, num_lanes
       )
     return self._programs[key]
-
-  def _compile(self, recipe, method, num_lanes, chunk):
-    init, run = budget_lanes.make_functions(
-      self._dataset, recipe, method, num_lanes
-    )
-    n = len(self._images)
-    shape = jax.ShapeDtypeStruct
-    keys = jax.eval_shape(
-      lambda: jax.random.split(jax.random.key(0), num_lanes)
-    )
-    images = shape(self._images.shape, self._images.dtype)
-    inputs = Inputs(
-      values=shape((num_lanes, 2), jnp.float32),
-      keys=keys,
-      labels=shape((num_lanes, n), jnp.int32),
-      images=images,
-      num_steps=shape((), jnp.int32),
-      is_augmented=shape((), jnp.bool),
-    )
-    indices = shape((chunk, num_lanes, recipe.batch_size), jnp.int32)
-    steps = shape((chunk,), jnp.int32)
-    params = jax.eval_shape(
-      lambda keys, images: budget_lanes.init_params(
-        recipe.model, self._dataset.preprocess, keys, images[:1]
-      ),
-      *(keys, images),
-    )
-    state = jax.eval_shape(init, params, inputs)
-    return (
-      init.lower(params, inputs).compile(),
-      run.lower((params, state), inputs, indices, steps).compile(),
-    )
 
 
 def steps_of(
   task: budget_tasks.Task, method: budget_methods.Method
-) -> tuple[int, int, int]:
-  """Steps of an epoch, of the run, and of each call of the program.
+) -> tuple[int, int]:
+  """Steps of the run, and of each call of the program.
 
   Examples that do not fill a batch are left out of an epoch.
   """
@@ -203,7 +145,7 @@ def steps_of(
   # Compiled for one length, which divides all.
   length = per_epoch * task.epochs
   chunk = max(n for n in range(1, CHUNK + 1) if length % n == 0)
-  return per_epoch, num_steps, chunk
+  return num_steps, chunk
 
 
 def drawn(
@@ -226,13 +168,9 @@ def noisy_labels(
   noisy = data.add_label_noise(
     dataset._replace(train=train), task.label_noise, [seed]
   )
+  only = lambda split: split._replace(labels=split.labels[0])
   return noisy._replace(
-    **{
-      name: split._replace(labels=split.labels[0])
-      for name, split in zip(
-        ('train', 'held_out', 'test'),
-        (noisy.train, noisy.held_out, noisy.test),
-        strict=True,
-      )
-    }
+    train=only(noisy.train),
+    held_out=only(noisy.held_out),
+    test=only(noisy.test),
   )

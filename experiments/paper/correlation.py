@@ -234,11 +234,7 @@ def compare(
 
 def tables(results: Mapping[str, Any]) -> dict[str, str]:
   """The tables of the page in Markdown, by name."""
-
-  def cell(found, spec='.2f'):
-    tau, low, high = (format(found[x], spec) for x in ('tau', 'low', 'high'))
-    return f'{tau} [{low}, {high}]'
-
+  cell = rank_correlation.format_interval
   overall, by_setting, differences = [], [], {}
   for key in measures.RADII:
     found = results['correlations'][measures.middle(key)]
@@ -380,32 +376,32 @@ def main(argv: Sequence[str]) -> None:
   add('--data-dir', type=Path, help='folder with the files of Fashion-MNIST')
   add('--out', type=Path, default=Path('out/correlation'), help='for results')
   args = parser.parse_args(argv)
-  started = args.out / CONFIG
-  if started.exists() and records.read_started(started) != make_config():
-    parser.error(
-      f"argument --out: '{args.out}' holds results of other settings than this"
-      f' program has now. Remove it, or write another --out.'
+  with cli.lock_out(parser, args.out):
+    started = args.out / CONFIG
+    if started.exists() and records.read_started(started) != make_config():
+      parser.error(
+        f"argument --out: '{args.out}' holds results of other settings than"
+        f' this program has now. Remove it, or write another --out.'
+      )
+    dataset = load_dataset(parser, args.data_dir)
+    records.write_started(started, make_config())
+    provenance = records.provenance(
+      'experiments.paper.correlation', argv, started
     )
-  dataset = load_dataset(parser, args.data_dir)
-  args.out.mkdir(parents=True, exist_ok=True)
-  records.write_started(started, make_config())
-  provenance = records.provenance(
-    'experiments.paper.correlation', argv, started
-  )
-  quantities = make_quantities(dataset)
-  parts = []
-  for settings in make_parts():
-    name = f'{settings.batch_size[0]}-{settings.lr[0]:g}'
-    report = lambda line, name=name: print(f'{name}: {line}', flush=True)
-    trained = train_or_load(
-      args.out / f'networks-{name}.npz', settings, dataset, report
-    )
-    measured = measure_or_load(
-      args.out / f'measured-{name}.json', trained.params, quantities, report
-    )
-    parts.append((settings, trained, measured))
-  results = {**provenance, **describe(parts)}
-  records.write_json(args.out / 'results.json', results)
+    quantities = make_quantities(dataset)
+    parts = []
+    for settings in make_parts():
+      name = f'{settings.batch_size[0]}-{settings.lr[0]:g}'
+      report = lambda line, name=name: print(f'{name}: {line}', flush=True)
+      trained = train_or_load(
+        args.out / f'networks-{name}.npz', settings, dataset, report
+      )
+      measured = measure_or_load(
+        args.out / f'measured-{name}.json', trained.params, quantities, report
+      )
+      parts.append((settings, trained, measured))
+    results = {**provenance, **describe(parts)}
+    records.write_json(args.out / 'results.json', results)
   with records.replacing(args.out / 'correlation.png') as partial:
     draw(results).savefig(partial, format='png')
   print('\n\n'.join(tables(results).values()))

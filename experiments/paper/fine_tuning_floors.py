@@ -43,11 +43,6 @@ class Trainer(budget_training.Trainer):
     super().__init__(dataset, *args, **kwargs)
     self._embeddings: dict[bytes, np.ndarray] = {}
 
-  def prepare(self, task: budget_tasks.Task, name: str, num_lanes: int) -> None:
-    """Starts to compile the programs of a method that is no floor."""
-    if name not in FLOORS:
-      super().prepare(task, name, num_lanes)
-
   def train(self, task: budget_tasks.Task, name: str, lanes: Any) -> Any:
     """Trains a group of lanes of a method, or fits those of a floor."""
     if name not in FLOORS:

@@ -35,7 +35,7 @@ def make_tasks(model_dir: Path | None) -> dict[str, budget_tasks.Task]:
 
   recipe = budget_tasks.Recipe(
     efficientnet.FineTuned(model_dir, cells.NUM_CLASSES),
-    fine_tuning_tasks.adamw(3e-4),
+    budget_tasks.adamw(3e-4),
     weight_decay=0.01,
     weight_decays=(),
     batch_size=BATCH_SIZE,

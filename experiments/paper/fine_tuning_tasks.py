@@ -1,11 +1,7 @@
-"""What the tasks of fine-tuning have in common: methods, AdamW, and seeds."""
+"""What the tasks of fine-tuning have in common: methods and seeds."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import chex
-import optax
 
 from experiments import data
 from experiments.paper import budget_methods
@@ -17,23 +13,6 @@ METHODS = {
     *('base', 'base_twice', 'sam', 'asam', 'momentum_asam', 'quarter'),
   )
 }
-
-
-def adamw(lr: float, mask: Any = None) -> budget_tasks.MakeTx:
-  """Makes AdamW with clipping, for what the mask selects."""
-
-  def make_tx(num_steps: chex.Numeric, weight_decay: Any) -> Any:
-    tx = optax.chain(
-      optax.clip_by_global_norm(1.0),
-      optax.adamw(
-        budget_tasks.cosine(lr, num_steps), weight_decay=weight_decay
-      ),
-    )
-    if mask is None:
-      return tx
-    return optax.partition({True: tx, False: optax.set_to_zero()}, mask)
-
-  return make_tx
 
 
 def make_task(

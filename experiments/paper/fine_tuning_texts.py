@@ -50,10 +50,10 @@ def make_tasks(model_dir: Path | None) -> dict[str, budget_tasks.Task]:
     batch_size=BATCH_SIZE,
   )
   recipes = {
-    'full': recipe(minilm.FineTuned(model_dir), fine_tuning_tasks.adamw(5e-5)),
+    'full': recipe(minilm.FineTuned(model_dir), budget_tasks.adamw(5e-5)),
     'lora': recipe(
       minilm.FineTuned(model_dir, lora_rank=LORA_RANK),
-      fine_tuning_tasks.adamw(3e-3, minilm.is_trained),
+      budget_tasks.adamw(3e-3, minilm.is_trained),
       mask=minilm.is_trained,
     ),
   }

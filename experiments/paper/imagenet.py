@@ -29,6 +29,7 @@ import optax
 
 from experiments import checkpoints
 from experiments import cli
+from experiments import methods
 from experiments import models
 from experiments.data import archives
 from experiments.models import bottleneck
@@ -37,7 +38,6 @@ from experiments.paper import program
 from experiments.report import progress
 
 RHO = {'sgd': 0.0, 'sam': 0.05, 'asam': 1.0}
-MOMENTUM = 0.9
 # The usual statistics of the training set, per channel, for values in [0, 1].
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -140,13 +140,7 @@ class Training:
     self._images = images
     self._model: nn.Module = bottleneck.ResNet(len(images.train.classes))
     self._num_steps = len(images.train) // args.batch_size
-    self._tx = optax.chain(
-      optax.add_decayed_weights(args.weight_decay),
-      optax.sgd(
-        optax.cosine_decay_schedule(args.lr, args.epochs * self._num_steps),
-        momentum=MOMENTUM,
-      ),
-    )
+    self._tx = methods.make_base_tx(args, args.epochs * self._num_steps)
     mesh = jax.make_mesh((jax.device_count(),), ('batch',))
     spec = jax.sharding.PartitionSpec
     self._by_batch = jax.sharding.NamedSharding(mesh, spec('batch'))
@@ -253,7 +247,7 @@ def main(argv: Sequence[str]) -> None:
   results = training.results
   describe = lambda: {
     'complete': 'top_1_accuracy' in results,
-    'config': {**vars(args), 'momentum': MOMENTUM},
+    'config': {**vars(args), 'momentum': methods.MOMENTUM},
     'images': {name: len(each) for name, each in images._asdict().items()},
     **results,
   }

@@ -89,6 +89,12 @@ def interval(
   }
 
 
+def format_interval(found: Mapping[str, float], spec: str = '.2f') -> str:
+  """What :func:`interval` returns, as a text."""
+  tau_, low, high = (format(found[x], spec) for x in ('tau', 'low', 'high'))
+  return f'{tau_} [{low}, {high}]'
+
+
 def mean_of_means(taus: Mapping[str, np.ndarray]) -> dict[str, float]:
   """The mean over settings of the mean over the groups of each.
 

@@ -119,7 +119,7 @@ def cell(
   if result is None or method not in result['optimizers']:
     return ''
   per_seed = result['optimizers'][method][quantity]['per_seed']
-  accuracy = reporting.format_accuracy(per_seed)
+  accuracy = reporting.format_mean(per_seed)
   rho = reporting.format_rho(result, method)
   return f'{accuracy} ({rho})' if rho else accuracy
 

@@ -158,6 +158,11 @@ def parse(argv: Sequence[str]) -> tuple[cli.Parser, argparse.Namespace]:
   first.add_argument('--corpus', choices=list(RECIPES), default='iwslt')
   parser = make_parser(first.parse_known_args(argv)[0].corpus)
   args = parser.parse_args(argv)
+  if args.download and args.corpus != 'libreoffice':
+    parser.error(
+      'argument --download: is ignored without --corpus libreoffice. Leave it'
+      ' out, or give both.'
+    )
   if args.width % (2 * args.heads):
     parser.error(
       f'argument --width: must be a multiple of twice the heads, but got'

@@ -13,8 +13,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from experiments import cli
 from experiments import run_folder
 from experiments.paper import translation_plan as plan
@@ -85,10 +83,9 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def _cell(summary: Mapping[str, Any], sign: str = '') -> str:
-  mean, half_width = reporting.t_interval(summary['per_seed'])
-  over_seeds = '' if np.isnan(half_width) else f' ± {half_width:.2f}'
   low, high = summary['bootstrap_95']
-  return f'{mean:{sign}.2f}{over_seeds} [{low:{sign}.2f}, {high:{sign}.2f}]'
+  mean = reporting.format_mean(summary['per_seed'], factor=1, sign=sign)
+  return f'{mean} [{low:{sign}.2f}, {high:{sign}.2f}]'
 
 
 def search_table(results: Mapping[str, Any]) -> str:

@@ -137,7 +137,7 @@ def print_results(console: Console, results: Mapping[str, Any]) -> None:
     table.add_row(
       name,
       f'{result["rho"]:g}',
-      format_accuracy(result['test_accuracy']['per_seed']),
+      format_mean(result['test_accuracy']['per_seed']),
       f'{result["train_loss"]["mean"]:.3f}',
       f'{result["sharpness_sam_ball"]["mean"]:.5f}',
       f'{result["sharpness_asam_ball"]["mean"]:.5f}',
@@ -154,12 +154,13 @@ def print_results(console: Console, results: Mapping[str, Any]) -> None:
   )
 
 
-def format_accuracy(per_seed: Any) -> str:
-  """Mean ± half its interval in percent; only the mean for a single seed."""
-  mean, half_width = t_interval(per_seed)
-  if np.isnan(half_width):
-    return f'{100 * mean:.2f}'
-  return f'{100 * mean:.2f} ± {100 * half_width:.2f}'
+def format_mean(
+  per_seed: Any, factor: float = 100, decimals: int = 2, sign: str = ''
+) -> str:
+  """Mean ± half its interval; only the mean for a single seed."""
+  mean, half_width = t_interval(factor * np.asarray(per_seed))
+  text = f'{mean:{sign}.{decimals}f}'
+  return text if np.isnan(half_width) else f'{text} ± {half_width:.{decimals}f}'
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -146,8 +146,10 @@ def in_ball(key: jax.Array, zeros: Arrays, p: float) -> Arrays:
     ]
   direction = normal(key, zeros)
   size = sum(x.size for x in zeros)
-  radius = jax.random.uniform(jax.random.fold_in(key, len(zeros))) ** (1 / size)
-  return scale(radius / l2_norm(direction), direction)
+  norm = l2_norm(direction)
+  key = jax.random.fold_in(key, len(zeros))
+  radius = jax.random.uniform(key, dtype=norm.dtype) ** (1 / size)
+  return scale(radius / norm, direction)
 
 
 def scale(a: chex.Numeric, u: Arrays) -> Arrays:

@@ -90,7 +90,6 @@ def test_adding_a_descent(params):
   """A step with it descends the weighted mean."""
   title = 'Adding a descent'
   (descent,) = entry(title, **defined(title)).values()
-  assert all(callable(case) for case in cases.DESCENTS.values())
   grads = jax.tree.map(jnp.ones_like, params)
   perturbed = updates(asam(optax.sgd(1.0)), params, grads)
   expected = jax.tree.map(lambda g, u: -0.75 * g + 0.25 * u, grads, perturbed)

@@ -64,7 +64,7 @@ class Normalized(nn.Module):
 DATASET = make_dataset()
 RECIPE = budget_tasks.Recipe(
   model=Normalized(),
-  make_tx=budget_tasks.adamw,
+  make_tx=budget_tasks.adamw(1e-3),
   weight_decay=1e-4,
   weight_decays=(1e-3, 1e-2),
   batch_size=BATCH,
@@ -143,7 +143,7 @@ def test_lanes(method):
   expected = [
     train_by_hand(method, lane.seed, lane.values[0]) for lane in lanes
   ]
-  together = budget_training.Trainer(DATASET, max_lanes=2, threads=1)
+  together = budget_training.Trainer(DATASET, max_lanes=2)
   trained = together.train(TASK, method, lanes)
   alone = budget_training.Trainer(DATASET, max_lanes=1)
   first = alone.train(TASK, method, lanes[:1])

@@ -217,7 +217,7 @@ def test_program(small, tmp_path, monkeypatch, capsys):
 
 
 def test_recorded(monkeypatch):
-  """The recorded taus follow from the recorded measures, with SciPy."""
+  """The recorded taus follow from the recorded measures."""
   file = tables.RESULTS / 'correlation' / 'results.json'
   recorded = json.loads(file.read_text())
   assert recorded['config'] == correlation.make_config()

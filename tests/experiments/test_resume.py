@@ -22,6 +22,9 @@ from experiments import cli
 from experiments import compare
 from experiments import loop
 from experiments import run_folder
+from experiments.paper import budget
+from experiments.paper import budget_sharpness
+from experiments.paper import correlation
 from tests.helpers.support import assert_same_bits
 from tests.helpers.support import program_env
 
@@ -218,6 +221,14 @@ def test_two_processes(tmp_path, capsys):
       )
 
 
+@pytest.mark.parametrize('program', [budget, budget_sharpness, correlation])
+def test_two_processes_that_always_resume(program, tmp_path, capsys):
+  """Neither overwrites what the other writes."""
+  with run_folder.lock(tmp_path), pytest.raises(SystemExit):
+    program.main([f'--out={tmp_path}'])
+  assert 'a run is in progress in' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(('name', 'n'), [('write_bytes', 3), ('write_text', 2)])
 def test_full_disk(untouched, tmp_path, fail, capsys, name, n):
   """One line, whether a checkpoint or results.json fails; then it goes on."""
@@ -307,8 +318,17 @@ def flip(content):
   return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
-@pytest.mark.parametrize('damage', [flip, lambda content: content[:-1]])
-@pytest.mark.parametrize('damaged', [(), (3,), (2, 3)])
+@pytest.mark.parametrize(
+  ('damage', 'damaged'),
+  [
+    (None, ()),
+    *[
+      (damage, damaged)
+      for damage in (flip, lambda content: content[:-1])
+      for damaged in ((3,), (2, 3))
+    ],
+  ],
+)
 def test_checkpoints(tmp_path, damage, damaged):
   """The newest intact one of two comes back bit for bit, keys and all."""
   saved = checkpoints.Checkpoints(tmp_path)

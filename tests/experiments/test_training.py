@@ -18,7 +18,6 @@ from experiments import compare
 from experiments import config
 from experiments import data
 from experiments import loop
-from experiments import m_sharpness
 from experiments import models
 from optax_asam import asam
 from optax_asam import normalization
@@ -34,12 +33,6 @@ MASKS = {
   'normalization': {'Dense_0': False, 'BatchNorm_0': True, 'Dense_1': False},
   'others': {'Dense_0': True, 'BatchNorm_0': False, 'Dense_1': True},
 }
-
-
-def newer_for(way):
-  """Skips a test of a way for which what is installed is too old."""
-  missing = m_sharpness.missing(way)
-  return pytest.mark.skipif(bool(missing), reason=f'needs {missing}')
 
 
 class Normalized(nn.Module):
@@ -167,17 +160,10 @@ def take_epoch(state, split, position, first_step, gradients, args):
     ('vmap', 'asam', {'normalize_biases': True, 'perturb': 'normalization'}),
     ('loop', 'asam', {'normalization': 'layerwise', 'eta': 0.1}),
     ('vmap', 'asam', {'m_sharpness': 4, 'batch_size': 8}),
-    pytest.param(
+    (
       'loop',
       'asam',
       {'m_sharpness': 4, 'm_sharpness_by': 'microbatching', 'batch_size': 8},
-      marks=newer_for('microbatching'),
-    ),
-    pytest.param(
-      'vmap',
-      'asam',
-      {'m_sharpness': 2, 'm_sharpness_by': 'shard_map', 'batch_size': 16},
-      marks=newer_for('shard_map'),
     ),
   ],
 )

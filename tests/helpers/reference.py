@@ -157,7 +157,6 @@ def asam_run(
   ascent_steps=1,
   every_k=1,
   descent=None,
-  operator_held=True,
 ):
   """Steps of ASAM around SGD (lr 0.1, momentum 0.9) on ``polynomial``.
 
@@ -169,8 +168,6 @@ def asam_run(
     ascent_steps: the number of ascent steps.
     every_k: the second gradient is taken on steps 0, k, 2k, ...
     descent: as in the library.
-    operator_held: whether T is that of w at each ascent step, as it is in the
-      library, not of w + eps.
 
   Returns:
     The parameters, and the parameters w + eps of the last second gradient.
@@ -183,7 +180,7 @@ def asam_run(
       perturbed, ascent_grads = params, grads
       for _ in range(ascent_steps):
         eps = perturbation(
-          params if operator_held else perturbed,
+          params,
           ascent_grads,
           elementwise(0.01),
           rho(step) / ascent_steps,
