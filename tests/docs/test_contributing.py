@@ -22,7 +22,8 @@ def defined(title, index=0, module=None):
   """What a block of a section defines, next to what its module has."""
   code = SECTIONS[f'test_{pages.slug(title)}'][index]
   assert len(code.splitlines()) < 30
-  return pages.run_snippet(code, np=np, **(vars(module) if module else {}))
+  names = vars(module) if module else {}
+  return pages.run_snippet(code, **{'np': np, **names})
 
 
 def entry(title, **modules):
