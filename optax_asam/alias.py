@@ -52,7 +52,8 @@ def asam(
       ``adaptive`` is True.
     adaptive: True for element-wise normalization of all but biases, False for
       none (SAM), or a normalization such as ``normalization.filterwise(0.01)``.
-    ord: The exponent p of the ball, in [1.001, inf].
+    ord: The p of the ball :math:`\|T_w^{-1} \epsilon\|_p \le \rho`, in
+      [1.001, inf]; the formula above is for p = 2.
     mask: Which leaves are perturbed: a pytree of bools with the structure of
       ``params`` or a prefix of it, a function from ``params`` to one, or None
       for all. The norm is taken over those leaves alone.
@@ -73,7 +74,7 @@ def asam(
     An :class:`optax.GradientTransformationExtraArgs`. Its ``update(grads,
     state, params, ...)`` takes ``grad_fn(params) -> grads`` or
     ``value_fn(params) -> scalar`` by keyword and returns the updates of
-    ``base_tx``, which it passes gradients in the dtypes of ``grads``. Its state
+    ``base_tx``, whose gradients have the dtypes of ``grads``. Its state
     is a tuple of :class:`SharpnessAwareState` and the state of ``base_tx``.
 
   Raises:

@@ -123,7 +123,7 @@ def rho_ball(
   r"""The ascent that the arguments of :func:`optax_asam.asam` describe.
 
   Steepest ascent to the surface of the ball :math:`\|T_w^{-1} \epsilon\|_p \le
-  \rho`. The state does not depend on ``rho``.
+  \rho`. The state has the same structure for every kind of ``rho``.
 
   Args:
     rho: The radius :math:`\rho \ge 0`: a number, a traced scalar, or a schedule
@@ -191,7 +191,7 @@ def friendly(
 
   Returns:
     An :class:`optax.GradientTransformation` with a :class:`FriendlyState`, one
-    copy of the parameters in at least float32. Non-finite gradients are left
+    array per parameter in at least float32. Non-finite gradients are left
     out of the average. Under ``axis_name`` it needs averaged gradients,
     or replicas diverge.
 

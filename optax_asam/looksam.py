@@ -94,7 +94,7 @@ def looksam(
     An :class:`optax.GradientTransformationExtraArgs` that is called like
     :func:`optax_asam.asam`: ``update(grads, state, params, ...)`` takes
     ``grad_fn`` or ``value_fn`` by keyword on each update. Its state is a tuple
-    of :class:`LookSAMState`, which holds one copy of the parameters in at least
+    of :class:`LookSAMState`, which holds one array per parameter in at least
     float32, and the state of ``base_tx``.
 
     If g or :math:`\tilde g` is zero or not finite, or if :math:`g_v` is no

@@ -83,8 +83,8 @@ def momentum_asam(
     An :class:`optax.GradientTransformationExtraArgs` whose ``update`` needs
     ``params`` and returns updates in the dtypes of those of ``base_tx``. Its
     state is a :class:`MomentumASAMState`: the state of ``base_tx`` and the
-    perturbation, which is one copy, in at least float32, of the leaves that
-    ``mask`` selects. With ``momentum``, there is another such copy.
+    perturbation, one array in at least float32 for each leaf that ``mask``
+    selects. With ``momentum``, there is another such array.
 
   Raises:
     TypeError: An argument is of the wrong type.

@@ -1,8 +1,9 @@
 r"""Normalization operators: functions from ``params`` to :math:`T_w`.
 
-:math:`T_w` is a positive diagonal operator, represented as a pytree with the
-structure of ``params``. A leaf is an array that broadcasts to its parameter,
-in at least float32, or the Python number 1, which costs no multiplication.
+:math:`T_w` is a non-negative diagonal operator, represented as a pytree with
+the structure of ``params``. A leaf is an array that broadcasts to its
+parameter, in at least float32, or the Python number 1, which costs no
+multiplication.
 """
 
 import collections

@@ -45,7 +45,7 @@ ESTIMATORS = {
   },
 }
 PARAMS = {'kernel': jnp.ones((3, 2)), 'bias': jnp.ones(2)}
-COPIES = {'none': 0, 'three scalars': 0, 'one copy': 1, 'two copies': 2}
+ARRAYS = {'none': 0, 'three scalars': 0, 'one array': 1, 'two arrays': 2}
 
 
 def counting(counts):
@@ -82,7 +82,7 @@ def test_transformation(row):
     x.size for x in jax.tree.leaves(base.init(PARAMS))
   )
   size = sum(w.size for w in PARAMS.values())
-  assert further // size == COPIES[state.split(' of ')[0]]
+  assert further // size == ARRAYS[state.split(' per ')[0]]
   assert further % size == (1 if row.startswith('momentum') else 3)
   if 'grad_fn' in needs:
     with pytest.raises(ValueError, match='grad_fn'):
