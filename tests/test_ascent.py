@@ -201,13 +201,13 @@ def test_dtypes(x64, p):
 
 
 def test_defaults_of_rho_ball():
-  """Those of asam; ``adaptive`` may be a NumPy bool."""
+  """Those of asam; NumPy bools, and True as the mask of an array, are fine."""
   params, grads = jnp.array([3.0, 4.0]), jnp.array([1.0, 1.0])
   eps = [
     tx.update(grads, tx.init(params), params)[0]
     for tx in (
       ascent.rho_ball(0.5),
-      ascent.rho_ball(0.5, 0.01, np.True_),
+      ascent.rho_ball(0.5, 0.01, np.True_, mask=True),
     )
   ]
   assert_same_bits(*eps)
