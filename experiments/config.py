@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 
 from experiments import cli
 from experiments import data
@@ -375,6 +376,12 @@ def _find_problems_of_groups(
       f'argument --m-sharpness: must divide the batch size,'
       f' {config.batch_size}, but got {m}. For example: --m-sharpness'
       f' {math.gcd(config.batch_size, m)}.'
+    )
+  way = config.m_sharpness_by
+  if way == 'microbatching' and not hasattr(optax, 'microbatching'):
+    yield (
+      'argument --m-sharpness-by: microbatching needs Optax 0.2.7 or newer.'
+      ' Install it, or write --m-sharpness-by vmap.'
     )
 
 

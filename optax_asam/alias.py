@@ -74,8 +74,8 @@ def asam(
     An :class:`optax.GradientTransformationExtraArgs`. Its ``update(grads,
     state, params, ...)`` takes ``grad_fn(params) -> grads`` or
     ``value_fn(params) -> scalar`` by keyword and returns the updates of
-    ``base_tx``, whose gradients have the dtypes of ``grads``. Its state
-    is a tuple of :class:`SharpnessAwareState` and the state of ``base_tx``.
+    ``base_tx``, whose gradients have the dtypes of ``grads``. Its state is a
+    tuple of :class:`SharpnessAwareState` and the state of ``base_tx``.
 
   Raises:
     TypeError: An argument or the result of a function has the wrong type.

@@ -191,9 +191,9 @@ def friendly(
 
   Returns:
     An :class:`optax.GradientTransformation` with a :class:`FriendlyState`, one
-    array per parameter in at least float32. Non-finite gradients are left
-    out of the average. Under ``axis_name`` it needs averaged gradients,
-    or replicas diverge.
+    array per parameter in at least float32. Non-finite gradients are left out
+    of the average. Under ``axis_name`` it needs averaged gradients, or replicas
+    diverge.
 
   Raises:
     TypeError: An argument is not a real number.

@@ -77,7 +77,8 @@ def filter_value_and_grad(
   Returns:
     A function of the arguments of ``fun`` that returns ``(value, grads)``, or
     ``((value, aux), grads)`` with ``has_aux``. The gradient is like the first
-    argument, with None in place of everything but floating arrays.
+    argument, with None in place of everything but floating arrays. Without
+    ``fun``, a decorator.
 
   Raises:
     TypeError: An argument is of the wrong type, or ``rho`` is a schedule.

@@ -89,7 +89,7 @@ def value_and_grad(
   Returns:
     A function of the arguments of ``f`` that returns ``(value, grads)``, or
     ``((value, aux), grads)`` with ``has_aux``. As from ``nnx.value_and_grad``,
-    the gradient of a module is an ``nnx.State``.
+    the gradient of a module is an ``nnx.State``. Without ``f``, a decorator.
 
   Raises:
     TypeError: An argument is of the wrong type, or ``rho`` is a schedule.

@@ -56,8 +56,8 @@ def not_bias(params: optax.Params) -> Any:
   ``offset``, as in the trees of Flax (linen and NNX), Haiku and Equinox; but
   not ``b`` beside ``a``, the factors of LoRA. Of a name such as
   ``layers.0.bias``, only the part after the last ``.`` or ``/`` counts.
-  Positions in a list are not names, nor are ``value`` and
-  ``raw_value``, in which an NNX variable holds its array.
+  Positions in a list are not names, nor are ``value`` and ``raw_value``, in
+  which an NNX variable holds its array.
 
   Args:
     params: A pytree of parameters.
@@ -76,17 +76,13 @@ def not_bias(params: optax.Params) -> Any:
   References:
     Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021, section 4.
   """
-  in_layer = collections.defaultdict(set)  # names, for each layer
-  for path, _ in jax.tree.leaves_with_path(params):
-    layer, name = _layer_and_name(path)
-    in_layer[layer].add(name)
-
-  def is_selected(path, _):
-    layer, name = _layer_and_name(path)
-    is_lora = name == 'b' and 'a' in in_layer[layer]
-    return is_lora or _BIAS.fullmatch(name) is None
-
-  return jax.tree_util.tree_map_with_path(is_selected, params)
+  leaves, treedef = jax.tree.flatten_with_path(params)
+  found = [_layer_and_name(path) for path, _ in leaves]
+  lora = {layer for layer, name in found if name == 'a'}
+  return treedef.unflatten(
+    _BIAS.fullmatch(name) is None or (name == 'b' and layer in lora)
+    for layer, name in found
+  )
 
 
 def _layer_and_name(path: Any) -> tuple[tuple[Any, ...], str]:
