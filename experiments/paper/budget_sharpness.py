@@ -17,7 +17,6 @@ Finished networks are kept in ``--out``: repeat the command to resume.
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
-import itertools
 from pathlib import Path
 import time
 from typing import Any
@@ -54,7 +53,8 @@ METHODS = 'base', 'sam', 'asam', 'momentum_asam'
 PARTS = 4, 2, 1
 SEED = 0
 # Sharpness is measured on the first training examples, which all networks of a
-# task have; each batch of them has its own perturbation.
+# task have, with the labels that each was trained on: label noise is drawn anew
+# for each number of images. Each batch has its own perturbation.
 POINTS, BATCH = 384, 128
 COLORS = {**plotting.COLORS, 'base': plotting.COLORS['sgd']}
 # One for each number of images.
@@ -67,7 +67,7 @@ Networks = Sequence[Mapping[str, Any]]
 def make_quantities(
   dataset: data.Dataset, task: budget_tasks.Task
 ) -> dict[str, tuple[Quantity, float]]:
-  """All measures of a task, compiled once, each with its radius."""
+  """All measures on the examples of a task, jitted, each with its radius."""
   train = budget_training.noisy_labels(dataset, task, SEED).train
   points = data.Split(
     *(
@@ -109,6 +109,19 @@ def run(
   return found
 
 
+def combinations(
+  task: budget_tasks.Task,
+) -> list[tuple[str, tuple[float, float]]]:
+  """Every method with each of its rho and alpha."""
+  return [
+    (method, values)
+    for method in METHODS
+    for values in budget_methods.candidates(
+      budget_methods.METHODS[method], task.recipe
+    )
+  ]
+
+
 def train_missing(
   dataset: data.Dataset,
   task: budget_tasks.Task,
@@ -119,12 +132,10 @@ def train_missing(
   names = 'method', 'rho', 'train_size'
   done = {tuple(each[name] for name in names) for each in networks}
   trainer = budget_training.Trainer(dataset, max_lanes=1)
-  quantities = make_quantities(dataset, task)
-  for part, method in itertools.product(PARTS, METHODS):
+  for part in PARTS:
     smaller = task._replace(train_size=task.train_size // part)
-    for values in budget_methods.candidates(
-      budget_methods.METHODS[method], task.recipe
-    ):
+    quantities = make_quantities(dataset, smaller)
+    for method, values in combinations(task):
       if (method, values[0], smaller.train_size) in done:
         continue
       start = time.perf_counter()
@@ -318,10 +329,7 @@ def make_config() -> dict[str, Any]:
           'weight_decay': task.recipe.weight_decay,
           'candidates': {
             method: [
-              rho
-              for rho, _ in budget_methods.candidates(
-                budget_methods.METHODS[method], task.recipe
-              )
+              rho for each, (rho, _) in combinations(task) if each == method
             ]
             for method in METHODS
           },
