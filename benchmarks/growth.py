@@ -42,7 +42,7 @@ from benchmarks import tpu_aot
 from experiments.report import records
 from optax_asam import plotting
 
-# From a method to its color.
+# Colors by method.
 COLORS = {
   'base': plotting.COLORS['sgd'],
   'two_gradients': '#000000',
@@ -55,7 +55,7 @@ ROOT = Path(__file__).parent
 PAGE, RESULTS = ROOT / 'README.md', ROOT / 'results' / 'growth.json'
 BASE_TX = optax.sgd(0.01, momentum=0.9)
 EXAMPLES = 8  # on each device
-# Of TPU v5p, by their number of chips.
+# TPU v5p slices by number of chips.
 SLICES = {
   8: 'v5p:2x2x2',
   16: 'v5p:2x2x4',
@@ -352,7 +352,7 @@ def main(argv: Sequence[str]) -> None:
   args = parser.parse_args(argv)
   if args.report:
     PAGE.write_text(page(PAGE.read_text(), load()))
-    chart(load()).savefig(RESULTS.with_suffix('.png'))
+    records.write_figure(RESULTS.with_suffix('.png'), chart(load()))
     return
   # Set before JAX initializes its backend.
   flags = os.environ.get('XLA_FLAGS', '')

@@ -290,7 +290,8 @@ def machine(device: str) -> str:
   if (info := Path('/proc/cpuinfo')).exists():
     found = re.search(r'model name\s*: (.*)', info.read_text())
     name = found[1].strip() if found else name
-  cores = len(os.sched_getaffinity(0))
+  count = getattr(os, 'sched_getaffinity', None)  # Not on macOS.
+  cores = len(count(0)) if count else os.cpu_count() or 1
   return f'{name}, {cores} core{"s"[: cores > 1]}'
 
 
@@ -342,6 +343,7 @@ def main(argv: Sequence[str]) -> None:
   card = re.sub(r'\W+', '_', results['machine'].lower()).strip('_')
   suffix = f'_{card}' if args.device == 'gpu' else ''
   path = args.out / f'step_time{suffix}.json'
+  partial = path.with_suffix('.partial.json')
 
   def add(rows):
     results['rows'] += rows
@@ -351,7 +353,7 @@ def main(argv: Sequence[str]) -> None:
         METHODS.index(row['method']),
       )
     )
-    records.write_json(path, results)
+    records.write_json(partial, results)
     for row in rows:
       print(
         *(row['model'], row['method'], f'{row["step_over_base"]:.3f}'),
@@ -388,6 +390,8 @@ def main(argv: Sequence[str]) -> None:
         )
       )
     jax.clear_caches()
+  # Not before: an interrupted run must not replace a finished one.
+  partial.replace(path)
   print(f'Wrote {path}.')
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks import markdown
+from experiments.report import records
 from optax_asam import plotting
 
 ROOT = Path(__file__).parent
@@ -192,7 +193,7 @@ def main() -> None:
   recorded = load()
   PAGE.write_text(page(PAGE.read_text(), recorded))
   FIRST_PAGE.write_text(first_page(FIRST_PAGE.read_text(), recorded))
-  chart(recorded).savefig(CHART)
+  records.write_figure(CHART, chart(recorded))
   print(f'Wrote {PAGE}, {FIRST_PAGE} and {CHART}.')
 
 

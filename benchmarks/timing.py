@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Of a row of the results, in this order.
+# The columns of a row of the results, in order.
 KEYS = (
   'model',
   'method',

@@ -37,7 +37,7 @@ def conv(inputs: int, outputs: int, size: int = 3, step: int = 1) -> nn.Module:
 
 
 class ResidualBlock(nn.Module):
-  """That of the ResNet for CIFAR, with a shortcut without parameters."""
+  """The block of the ResNet for CIFAR: its shortcut has no parameters."""
 
   def __init__(self, inputs: int, outputs: int, stride: int):
     super().__init__()
@@ -56,7 +56,7 @@ class ResidualBlock(nn.Module):
 
 
 class WideBlock(nn.Module):
-  """That of the wide ResNet."""
+  """The block of the wide ResNet."""
 
   def __init__(self, inputs: int, outputs: int, stride: int):
     super().__init__()

@@ -69,7 +69,8 @@ class Checkpoints:
     Args:
       make_states: From the progress to states of the same structure, shapes and
         dtypes as those that were saved.
-      report: Called with a message for each damaged checkpoint.
+      report: Called with a message for each damaged checkpoint, and with one
+        if no checkpoint is intact.
 
     Returns:
       The states and the progress, or None if no checkpoint is intact.
@@ -87,6 +88,7 @@ class Checkpoints:
         _without_keys(template), read['states']
       )
       return _with_keys(states, template), progress
+    report('There is no intact checkpoint. The run starts from the beginning.')
     return None
 
   def _path(self, step: int) -> pathlib.Path:

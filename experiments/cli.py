@@ -56,6 +56,11 @@ def count(example: float) -> Callable[[str], int]:
   return checked(int, lambda n: n >= 1, 'an integer >= 1', f'{example:g}')
 
 
+def natural(example: float) -> Callable[[str], int]:
+  """An argparse type for an integer >= 0."""
+  return checked(int, lambda n: n >= 0, 'an integer >= 0', f'{example:g}')
+
+
 def _number(is_valid, needed, example):
   return checked(
     float, lambda x: math.isfinite(x) and is_valid(x), needed, f'{example:g}'
@@ -92,11 +97,11 @@ def to_json(args: Any) -> dict[str, Any]:
   return records.to_json(options)
 
 
-def check_out(parser: Parser, args: Any) -> filelock.BaseFileLock:
+def check_out(parser: Parser, args: Any) -> filelock.AcquireReturnProxy:
   """Claims ``--out`` for a run; exits if that cannot be done.
 
   Returns:
-    A lock that is released when it is left or is no longer referred to.
+    A context manager that releases it.
   """
   determining = {
     name: value
@@ -107,7 +112,7 @@ def check_out(parser: Parser, args: Any) -> filelock.BaseFileLock:
     return run_folder.claim(args.out, determining, resume=args.resume)
 
 
-def lock_out(parser: Parser, out: Path) -> filelock.BaseFileLock:
+def lock_out(parser: Parser, out: Path) -> filelock.AcquireReturnProxy:
   """Locks ``--out`` of a program that always resumes; exits if in use."""
   with _out_errors(parser, out):
     return run_folder.lock(out)
@@ -134,6 +139,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       main(sys.argv[1:])
   except KeyboardInterrupt:
     sys.exit(130)  # As a shell reports it.
+  except OSError as error:  # Such as a full disk.
+    sys.exit(f'error: {error}')
 
 
 @contextlib.contextmanager

@@ -89,6 +89,7 @@ def describe(
         'sam_ball': evaluation.SAM_BALL_RHO,
         'asam_ball': evaluation.ASAM_BALL_RHO,
       },
+      'sharpness_batch_size': evaluation.BATCH_SIZE,
     },
     'search': reporting.describe_searches(trained.searches),
     'optimizers': (

@@ -6,7 +6,6 @@ the machine does slows all of them alike.
 """
 
 from collections.abc import Callable
-from collections.abc import Sequence
 import functools
 import time
 
@@ -93,7 +92,7 @@ class Comparison:
 
   @property
   def cost(self) -> tuple[int, int]:
-    """Gradients per step, over epochs and runs: those done, and all."""
+    """Gradients per step, summed over epochs and runs: done, and in total."""
     cost = methods.num_gradients
     costs = {
       'search': sum(cost(run.optimizer) for run in self.searched),
@@ -109,16 +108,6 @@ class Comparison:
   def wall_time(self) -> float:
     """Seconds so far, including those before the run was resumed."""
     return time.perf_counter() - self._began
-
-  def runs_of(self, stage: str) -> Sequence[loop.Run]:
-    """The runs of a stage that has begun."""
-    if stage == 'search':
-      return self.searched
-    return [
-      loop.Run(name, rho, seed)
-      for name, rho in self.rhos.items()
-      for seed in self._config.seeds
-    ]
 
   def run(self, advance: Callable[[int], None]) -> None:
     """Trains until the last epoch of the last stage.
@@ -152,7 +141,15 @@ class Comparison:
 
   def _make_runs(self) -> None:
     config = self._config
-    self.runs = self.runs_of(self.stage)
+    self.runs = (
+      self.searched
+      if self.stage == 'search'
+      else [
+        loop.Run(name, rho, seed)
+        for name, rho in self.rhos.items()
+        for seed in config.seeds
+      ]
+    )
     dataset = data.add_label_noise(
       self._dataset, config.label_noise, [run.seed for run in self.runs]
     )
@@ -208,9 +205,6 @@ class Comparison:
 
     restored = self._checkpoints.restore(make_states, report)
     if restored is None:
-      report(
-        'There is no intact checkpoint. The run starts from the beginning.'
-      )
       return False
     states, _ = restored
     loop.scatter_states(self.groups, states)

@@ -65,11 +65,6 @@ class Config:
   out: Path = Path('out/train')
   resume: bool = False
 
-  @property
-  def is_search(self) -> bool:
-    """Whether any method has more than one candidate for rho."""
-    return any(len(rhos) > 1 for rhos in self.rho.values())
-
 
 # Kwon et al., ASAM, 2021, section 5: the recipe for CIFAR, with the radii found
 # there. SGD had twice the epochs: --optimizer sgd --epochs 400.
@@ -322,7 +317,7 @@ def _find_problems(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
       f' {", ".join(f"{n} for {name}" for name, n in sizes.items())}. For'
       f' example: --rho {few}={example}.'
     )
-  if 'search_seeds' in given and not config.is_search:
+  if 'search_seeds' in given and max(sizes.values(), default=0) < 2:
     yield (
       'argument --search-seeds: is ignored without a search for rho. Leave it'
       ' out, or give several candidates. For example: --rho 0.5,1.'

@@ -24,7 +24,8 @@ Measure = Callable[
   [optax.Params, models.ModelState, nn.Module, data.Split], jax.Array
 ]
 
-# The most examples at once; of more, a measure is the mean over batches.
+# The most examples at once; of more, a measure is the mean over batches. In
+# sharpness, each batch has its own perturbation.
 BATCH_SIZE = 1000
 
 loss: Measure = models.eval_loss_fn

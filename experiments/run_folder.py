@@ -25,7 +25,7 @@ class RefusedError(Exception):
   """The folder cannot be used; the message says why, and what to do."""
 
 
-def lock(out: Path) -> filelock.BaseFileLock:
+def lock(out: Path) -> filelock.AcquireReturnProxy:
   """Locks a folder, which is made if it does not exist.
 
   Returns:
@@ -37,20 +37,18 @@ def lock(out: Path) -> filelock.BaseFileLock:
     OSError: The folder cannot be written to.
   """
   out.mkdir(parents=True, exist_ok=True)
-  found = filelock.FileLock(out / LOCK, timeout=0)
   try:
-    found.acquire()
+    return filelock.FileLock(out / LOCK, timeout=0).acquire()
   except filelock.Timeout:
     raise RefusedError(
       f"argument --out: a run is in progress in '{out}'{_process(out)}. Wait"
       f' until it has ended, or write another --out.'
     ) from None
-  return found
 
 
 def claim(
   out: Path, config: Mapping[str, Any], *, resume: bool
-) -> filelock.BaseFileLock:
+) -> filelock.AcquireReturnProxy:
   """Locks a folder for a run as :func:`lock` does, and prepares it.
 
   Args:
@@ -77,7 +75,7 @@ def claim(
       clear(out)
     records.write_started(out / STARTED_WITH, config)
   except BaseException:
-    claimed.release()
+    claimed.lock.release()
     raise
   return claimed
 

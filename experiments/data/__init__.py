@@ -32,7 +32,8 @@ class Split(NamedTuple):
 
   Attributes:
     images: [n, height, width, channels] in the data set's own dtype: uint8,
-      a quarter of float32, until they are gathered into a batch.
+      a quarter of float32, until they are gathered into a batch. For texts,
+      the tokens, int32 [n, length].
     labels: int32 [n], or [runs, n] if each run has its own labels.
   """
 

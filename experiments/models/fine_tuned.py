@@ -8,7 +8,7 @@ from flax import nnx
 import jax
 import numpy as np
 
-# At once; what an encoder computes for more would need much memory.
+# Encodes at most this many at once, to limit memory.
 EMBED_BATCH = 128
 
 

@@ -17,7 +17,7 @@ from experiments.models import fine_tuned
 from experiments.models import minilm_weights
 
 PAD = 0
-# Of what LoRA updates in each block, as in the paper of LoRA.
+# The layers of a block that LoRA updates, as in its paper.
 ADAPTED = ('query', 'value')
 
 

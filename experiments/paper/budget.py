@@ -92,6 +92,7 @@ def make_config(
           'augment': task.augment,
           'draws': task.draws,
           'metric': task.metric,
+          'lr': task.recipe.lr,
           'weight_decay': task.recipe.weight_decay,
           'candidates': {
             each: budget_methods.candidates(method, task.recipe)
@@ -215,11 +216,12 @@ def compare(
     results = read(parser, args.out, config)
     if budget_comparison.missing(program, results, args.tasks, args.methods):
       results = train(program, parser, argv, args, config, results)
-  if not budget_report.tables(results):
-    return
-  with records.replacing(args.out / f'{prog}.png') as partial:
-    budget_report.draw(results).savefig(partial, format='png')
-  print('\n\n'.join(budget_report.tables(results).values()))
+    tables = budget_report.tables(results)
+    if tables:
+      records.write_figure(
+        args.out / f'{prog}.png', budget_report.draw(results)
+      )
+  print('\n\n'.join(tables.values()))
 
 
 if __name__ == '__main__':

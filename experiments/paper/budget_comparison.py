@@ -116,50 +116,43 @@ class Comparison:
     left = [lane for lane in lanes if (lane.seed, *lane.values) not in keys]
     for group in trainer.groups(left) if left else []:
       params = trainer.train(task, name, group)
-      measured = list(
-        zip(group, trainer.logits(task, params, dataset.held_out), strict=True)
+      held_out = trainer.logits(task, params, dataset.held_out)
+      test = (
+        [None] * len(group)
+        if is_search
+        else trainer.logits(task, params, dataset.test)
       )
-      tested = [{}] * len(group)
-      if not is_search:
-        tested = [
-          {
-            f'test_{what}': value
-            for what, value in budget_report.measure(
-              logits, dataset.test.labels
-            ).items()
-          }
-          for logits in trainer.logits(task, params, dataset.test)
-        ]
-      for (lane, logits), test in zip(measured, tested, strict=True):
+      for lane, on_held_out, on_test in zip(group, held_out, test, strict=True):
         if (lane.seed, *lane.values) in keys:
           continue  # Repeated to fill the group.
         keys.add((lane.seed, *lane.values))
-        noisy = budget_training.noisy_labels(dataset, task, lane.seed)
-        found = budget_report.measure(logits, noisy.held_out.labels)
-        done.append(
-          {
-            'seed': lane.seed,
-            'values': list(lane.values),
-            f'held_out_{task.metric}': found[task.metric],
-            'device': jax.devices()[0].device_kind,
-            **test,
-          }
-        )
+        labels = budget_training.dataset_of_seed(
+          dataset, task, lane.seed
+        ).held_out.labels
+        found = budget_report.measure(on_held_out, labels)
+        run = {
+          'seed': lane.seed,
+          'values': list(lane.values),
+          f'held_out_{task.metric}': found[task.metric],
+          'device': jax.devices()[0].device_kind,
+        }
+        if on_test is not None:
+          found = budget_report.measure(on_test, dataset.test.labels)
+          run |= {f'test_{what}': value for what, value in found.items()}
+        done.append(run)
       self.write()
 
   def write(self) -> None:
     """Writes the results so far, in the order of tasks and methods."""
-    by_task = self.results['tasks']
-    self.results['tasks'] = {
-      name: by_task[name] for name in self._tasks if name in by_task
-    }
-    for task in self.results['tasks'].values():
-      task['methods'] = {
-        name: task['methods'][name]
-        for name in self._methods
-        if name in task['methods']
-      }
+    tasks = self.results['tasks'] = _sorted(self.results['tasks'], self._tasks)
+    for task in tasks.values():
+      task['methods'] = _sorted(task['methods'], self._methods)
     records.write_json(self._path, self.results)
+
+
+def _sorted(found: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+  """``found`` in the order of ``names``; others, of an older program, last."""
+  return {name: found[name] for name in (*names, *found) if name in found}
 
 
 def missing(

@@ -126,7 +126,7 @@ def make_functions(
 
   def make_tx(lane):
     def base_tx(weight_decay=recipe.weight_decay):
-      return recipe.make_tx(lane.num_steps, weight_decay)
+      return recipe.make_tx(recipe.lr, lane.num_steps, weight_decay)
 
     run = budget_methods.Run(base_tx, lane.num_steps, recipe.mask)
     return method.make_tx(run, lane.values[0], lane.values[1])
@@ -156,8 +156,11 @@ def make_functions(
 
   def init_lanes(params, inputs):
     # The state of a lane says which parts of it are counters.
-    first = jax.tree.map(lambda x: x[0], params), take(inputs)
-    axes = counters_are_shared(jax.eval_shape(init, *first))
+    first = lambda tree: jax.tree.map(lambda x: x[0], tree)
+    lane = inputs._replace(
+      values=inputs.values[0], keys=inputs.keys[0], labels=inputs.labels[0]
+    )
+    axes = counters_are_shared(jax.eval_shape(init, first(params), lane))
     return map_lanes(init, num_lanes, (0, LANES), axes)(params, inputs)
 
   def run(carry, inputs, indices, steps):
@@ -170,16 +173,6 @@ def make_functions(
     return jax.lax.scan(body, carry, (indices, steps))[0]
 
   return jax.jit(init_lanes), jax.jit(run, donate_argnums=0)
-
-
-def take(inputs: Inputs) -> Inputs:
-  """The part of the first lane."""
-  return Inputs(
-    *(
-      part if axis is None else part[0]
-      for part, axis in zip(inputs, LANES, strict=True)
-    )
-  )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

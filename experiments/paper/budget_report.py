@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+import math
 from typing import Any
 
 from matplotlib.figure import Figure
 import numpy as np
+import scipy.special
 
 from experiments import data
 from experiments.report import reporting
@@ -19,16 +21,18 @@ QUANTITIES = {
   'test_loss': ('test loss', 1, 3),
   'test_calibration_error': ('ECE, %', 100, 1),
 }
-# Of methods at the cost of the base, at less than twice that, and above. Dark
-# enough on white, and safe for the color-blind.
+# By cost: as the base, less than twice that, more. Dark enough on white, and
+# safe for the color-blind.
 COLORS = '#0072b2', '#b35900', '#00785a'
 
 
 def measure(logits: np.ndarray, labels: data.Array) -> dict[str, float]:
-  """Accuracies, loss and calibration error of logits [n, classes]."""
-  log_p, labels = logits.astype(np.float64), np.asarray(labels)
-  log_p -= log_p.max(axis=1, keepdims=True)
-  log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
+  """Accuracies, loss and calibration error of logits [n, classes].
+
+  Of a network that diverged, loss and calibration error are NaN.
+  """
+  log_p = scipy.special.log_softmax(logits.astype(np.float64), axis=1)
+  labels = np.asarray(labels)
   is_right = log_p.argmax(axis=1) == labels
   confidence = np.exp(log_p.max(axis=1))
   return {
@@ -47,6 +51,8 @@ def calibration_error(confidence: np.ndarray, is_right: np.ndarray) -> float:
   The mean of |accuracy - mean confidence| of the bins, weighted by their
   numbers of examples.
   """
+  if np.isnan(confidence).any():
+    return math.nan
   bins = np.clip(np.ceil(confidence * NUM_BINS) - 1, 0, NUM_BINS - 1)
   total = np.bincount(
     bins.astype(int), weights=is_right - confidence, minlength=NUM_BINS

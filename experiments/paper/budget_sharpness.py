@@ -49,7 +49,7 @@ TASKS = {
   name: budget_tasks.TASKS[name] for name in ('vit-2000', 'cnn-noise-40')
 }
 METHODS = 'base', 'sam', 'asam', 'momentum_asam'
-# Of the images of a task, one of so many.
+# The fraction of the images of a task, as 1 / n.
 PARTS = 4, 2, 1
 SEED = 0
 # Sharpness is measured on the first training examples, which all networks of a
@@ -68,7 +68,7 @@ def make_quantities(
   dataset: data.Dataset, task: budget_tasks.Task
 ) -> dict[str, tuple[Quantity, float]]:
   """All measures on the examples of a task, jitted, each with its radius."""
-  train = budget_training.noisy_labels(dataset, task, SEED).train
+  train = budget_training.dataset_of_seed(dataset, task, SEED).train
   points = data.Split(
     *(
       jnp.reshape(x[:POINTS], (-1, BATCH, *x.shape[1:]))
@@ -95,7 +95,7 @@ def run(
   """Trains a network and measures it."""
   params = trainer.train(task, method, [budget_lanes.Lane(SEED, values)])
   found = {'method': method, 'rho': values[0], 'train_size': task.train_size}
-  train = budget_training.noisy_labels(dataset, task, SEED).train
+  train = budget_training.dataset_of_seed(dataset, task, SEED).train
   for name, split in (('train', train), ('test', dataset.test)):
     (logits,) = trainer.logits(task, params, split)
     measured = budget_report.measure(logits, split.labels)
@@ -326,6 +326,7 @@ def make_config() -> dict[str, Any]:
           'epochs': task.epochs,
           'batch_size': task.recipe.batch_size,
           'label_noise': task.label_noise,
+          'lr': task.recipe.lr,
           'weight_decay': task.recipe.weight_decay,
           'candidates': {
             method: [
@@ -388,8 +389,7 @@ def main(argv: Sequence[str]) -> None:
       results['tasks'][name]['differences'] = compare(networks)
     results['complete'] = True
     records.write_json(args.out / run_folder.RESULTS, results)
-  with records.replacing(args.out / 'budget_sharpness.png') as partial:
-    draw(results).savefig(partial, format='png')
+    records.write_figure(args.out / 'budget_sharpness.png', draw(results))
   print('\n\n'.join(tables(results).values()))
 
 

@@ -14,12 +14,14 @@ import optax
 
 from experiments import data
 from experiments import models
+from experiments.models import convolution
 from experiments.models import vit
 
-# From the number of steps and a weight decay to an optimizer; both may be
-# traced.
+# From a learning rate, the number of steps and a weight decay to an optimizer;
+# the last two may be traced.
 MakeTx = Callable[
-  [chex.Numeric, float | jax.Array], optax.GradientTransformationExtraArgs
+  [float, chex.Numeric, float | jax.Array],
+  optax.GradientTransformationExtraArgs,
 ]
 
 
@@ -28,10 +30,10 @@ def cosine(lr: float, num_steps: chex.Numeric) -> optax.Schedule:
   return lambda step: lr / 2 * (1 + jnp.cos(jnp.pi * step / num_steps))
 
 
-def adamw(lr: float, mask: Any = None) -> MakeTx:
+def make_adamw(mask: Any = None) -> MakeTx:
   """Makes AdamW with clipping, for what the mask selects."""
 
-  def make_tx(num_steps, weight_decay):
+  def make_tx(lr, num_steps, weight_decay):
     tx = optax.chain(
       optax.clip_by_global_norm(1.0),
       optax.adamw(cosine(lr, num_steps), weight_decay=weight_decay),
@@ -43,13 +45,13 @@ def adamw(lr: float, mask: Any = None) -> MakeTx:
   return make_tx
 
 
-def sgd(
-  num_steps: chex.Numeric, weight_decay: float | jax.Array
+def make_sgd(
+  lr: float, num_steps: chex.Numeric, weight_decay: float | jax.Array
 ) -> optax.GradientTransformationExtraArgs:
   """SGD with momentum, that of the comparisons of the CNN."""
   return optax.chain(
     optax.add_decayed_weights(weight_decay),
-    optax.sgd(cosine(0.03, num_steps), momentum=0.9),
+    optax.sgd(cosine(lr, num_steps), momentum=0.9),
   )
 
 
@@ -59,6 +61,7 @@ class Recipe(NamedTuple):
   Attributes:
     model: The model.
     make_tx: Makes the base optimizer.
+    lr: Its learning rate at the first step.
     weight_decay: The weight decay of all methods but those that tune it.
     weight_decays: The candidates of those.
     rho_scale: What the candidates for rho of all methods are multiplied by.
@@ -70,6 +73,7 @@ class Recipe(NamedTuple):
   # Or what has its ``init`` and ``apply``.
   model: nn.Module | Any
   make_tx: MakeTx
+  lr: float
   weight_decay: float
   weight_decays: tuple[float, ...]
   rho_scale: float = 1.0
@@ -106,14 +110,16 @@ class Task(NamedTuple):
 
 VIT = Recipe(
   model=vit.ViT(10),
-  make_tx=adamw(1e-3),
+  make_tx=make_adamw(),
+  lr=1e-3,
   weight_decay=1e-4,
   weight_decays=(0.1, 0.3, 1.0, 3.0),
   has_normalization=True,
 )
 CNN = Recipe(
-  model=models.CNN(10, conv_general_dilated=vit.convolve),
-  make_tx=sgd,
+  model=models.CNN(10, conv_general_dilated=convolution.convolve),
+  make_tx=make_sgd,
+  lr=0.03,
   weight_decay=5e-4,
   weight_decays=(2e-3, 5e-3, 1e-2, 2e-2),
   rho_scale=2.0,

@@ -117,7 +117,7 @@ class Trainer:
     labels = np.asarray(self._dataset.train.labels)
     rows = []
     for lane in lanes:
-      noisy = noisy_labels(self._dataset, task, lane.seed).train.labels
+      noisy = dataset_of_seed(self._dataset, task, lane.seed).train.labels
       rows.append(labels.copy())
       rows[-1][drawn(self._dataset, task, lane.seed)] = noisy
     return jnp.asarray(np.stack(rows), jnp.int32)
@@ -158,19 +158,14 @@ def drawn(
   return rng.choice(len(dataset.train.labels), task.train_size, replace=False)
 
 
-def noisy_labels(
+def dataset_of_seed(
   dataset: data.Dataset, task: budget_tasks.Task, seed: int
 ) -> data.Dataset:
   """The examples of a task for a seed, with its labels."""
-  data.shrink(dataset.train, task.train_size)  # Checks the size.
   indices = drawn(dataset, task, seed)
   train = jax.tree.map(lambda x: x[indices], dataset.train)
   noisy = data.add_label_noise(
     dataset._replace(train=train), task.label_noise, [seed]
   )
   only = lambda split: split._replace(labels=split.labels[0])
-  return noisy._replace(
-    train=only(noisy.train),
-    held_out=only(noisy.held_out),
-    test=only(noisy.test),
-  )
+  return noisy._replace(train=only(noisy.train), held_out=only(noisy.held_out))

@@ -157,7 +157,13 @@ def main(argv: Sequence[str]) -> None:
     parser.error(str(error))
   with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
     jobs = [pool.submit(run, name, args.out, args.data_dir) for name in left]
-  if not all(job.result() for job in jobs):
+    try:
+      are_finished = [job.result() for job in jobs]
+    except BaseException:
+      # Ctrl-C has ended the runs in progress; the others must not start.
+      pool.shutdown(wait=False, cancel_futures=True)
+      raise
+  if not all(are_finished):
     sys.exit(1)
 
 

@@ -337,6 +337,7 @@ def describe(
     name: join(each[name] for _, _, each in parts) for name in parts[0][2]
   }
   return {
+    'complete': True,
     'config': make_config(),
     'networks': len(train_loss),
     'networks_at_target': int(reached.sum()),
@@ -402,8 +403,7 @@ def main(argv: Sequence[str]) -> None:
       parts.append((settings, trained, measured))
     results = {**provenance, **describe(parts)}
     records.write_json(args.out / 'results.json', results)
-  with records.replacing(args.out / 'correlation.png') as partial:
-    draw(results).savefig(partial, format='png')
+    records.write_figure(args.out / 'correlation.png', draw(results))
   print('\n\n'.join(tables(results).values()))
 
 

@@ -136,7 +136,7 @@ def train(
   [batch_size] = set(settings.batch_size)
   num_steps = n // batch_size
   hyper = [jnp.asarray(x, jnp.float32) for x in settings[1:4]]
-  state = _init_all(network, split, jnp.asarray(settings.seed, jnp.uint32))
+  state = _init(network, split, jnp.asarray(settings.seed, jnp.uint32))
   reached = Trained(
     jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), state.params),
     np.full(count, np.nan),
@@ -145,13 +145,13 @@ def train(
   active = np.arange(count)
   missing, is_near = np.full(count, True), False
   for epoch in range(max_epochs):
-    state = _shuffle_all(state)
+    state = _shuffle(state)
     for done in range(1, num_steps + 1):
-      state = _step_all(network, batch_size, state, *hyper, split, done - 1)
+      state = _step(network, batch_size, state, *hyper, split, done - 1)
       is_look = is_near and done % max(1, num_steps // LOOKS) == 0
       if not is_look and done < num_steps:
         continue
-      losses = np.asarray(_losses_of_all(state.params, network, split))
+      losses = np.asarray(_losses(state.params, network, split))
       is_new = (losses <= target) & np.isnan(reached.train_loss[active])
       new = active[is_new]
       reached.train_loss[new] = losses[is_new]
@@ -174,29 +174,12 @@ def train(
   return reached
 
 
+# Each of these maps over networks.
+_losses = jax.jit(jax.vmap(loss_fn, (0, None, None)), static_argnums=1)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _init_all(network, split, seeds):
-  return jax.vmap(functools.partial(_init, network, split))(seeds)
-
-
-@jax.jit
-def _shuffle_all(state):
-  return jax.vmap(_shuffle)(state)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _step_all(network, batch_size, state, lr, weight_decay, dropout, split, i):
-  return jax.vmap(
-    functools.partial(_step, network, batch_size),
-    in_axes=(0, 0, 0, 0, None, None),
-  )(state, lr, weight_decay, dropout, split, i)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _losses_of_all(params, network, split):
-  return jax.vmap(loss_fn, in_axes=(0, None, None))(params, network, split)
-
-
+@functools.partial(jax.vmap, in_axes=(None, None, 0))
 def _init(network: Network, split: data.Split, seed: jax.Array) -> TrainState:
   init_key, key = jax.random.split(jax.random.key(seed))
   params = network.init(init_key, split.images[:1])['params']
@@ -204,6 +187,8 @@ def _init(network: Network, split: data.Split, seed: jax.Array) -> TrainState:
   return TrainState(params, _make_tx(0.0, 0.0).init(params), key, key, order)
 
 
+@jax.jit
+@jax.vmap
 def _shuffle(state: TrainState) -> TrainState:
   key, order_key, step_key = jax.random.split(state.key, 3)
   return state._replace(
@@ -219,6 +204,8 @@ def _make_tx(lr: Any, weight_decay: Any) -> optax.GradientTransformation:
   )
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.vmap, in_axes=(None, None, 0, 0, 0, 0, None, None))
 def _step(network, batch_size, state, lr, weight_decay, dropout, split, i):
   """The i-th step of an epoch of one network."""
   indices = jax.lax.dynamic_slice_in_dim(

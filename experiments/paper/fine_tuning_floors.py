@@ -58,7 +58,9 @@ class Trainer(budget_training.Trainer):
 
   def _fit(self, task, lane, featurize):
     """From a split to the log-probabilities of its examples."""
-    train = budget_training.noisy_labels(self._dataset, task, lane.seed).train
+    train = budget_training.dataset_of_seed(
+      self._dataset, task, lane.seed
+    ).train
     classifier = pipeline.make_pipeline(
       *([text.TfidfTransformer()] if featurize is counts else []),
       linear_model.LogisticRegression(C=lane.values[0], max_iter=1000),
@@ -67,7 +69,7 @@ class Trainer(budget_training.Trainer):
     def predict(split):
       with np.errstate(divide='ignore'):  # A probability of zero.
         scores = classifier.predict_log_proba(featurize(task, split))
-      # Of classes that the drawn examples have not.
+      # For classes absent from the drawn examples.
       log_p = np.full((len(scores), self._dataset.num_classes), -1e3)
       log_p[:, classifier[-1].classes_] = np.maximum(scores, -1e3)
       return log_p

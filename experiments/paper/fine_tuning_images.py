@@ -35,7 +35,8 @@ def make_tasks(model_dir: Path | None) -> dict[str, budget_tasks.Task]:
 
   recipe = budget_tasks.Recipe(
     efficientnet.FineTuned(model_dir, cells.NUM_CLASSES),
-    budget_tasks.adamw(3e-4),
+    budget_tasks.make_adamw(),
+    lr=3e-4,
     weight_decay=0.01,
     weight_decays=(),
     batch_size=BATCH_SIZE,
@@ -60,7 +61,7 @@ def fetch(data_dir: Path | None) -> None:
 
 
 def versions(model_dir: Path | None) -> dict[str, str]:
-  """Those of the data, of the weights, and of what reads them."""
+  """Versions of the data, the weights and scikit-learn."""
   return {
     cells.PACKAGE: cells.VERSION,
     efficientnet_weights.PACKAGE: efficientnet_weights.digest(model_dir),

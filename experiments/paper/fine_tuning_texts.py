@@ -50,10 +50,13 @@ def make_tasks(model_dir: Path | None) -> dict[str, budget_tasks.Task]:
     batch_size=BATCH_SIZE,
   )
   recipes = {
-    'full': recipe(minilm.FineTuned(model_dir), budget_tasks.adamw(5e-5)),
+    'full': recipe(
+      minilm.FineTuned(model_dir), budget_tasks.make_adamw(), lr=5e-5
+    ),
     'lora': recipe(
       minilm.FineTuned(model_dir, lora_rank=LORA_RANK),
-      budget_tasks.adamw(3e-3, minilm.is_trained),
+      budget_tasks.make_adamw(minilm.is_trained),
+      lr=3e-3,
       mask=minilm.is_trained,
     ),
   }
@@ -91,7 +94,7 @@ def fetch(data_dir: Path | None) -> None:
 
 
 def versions(model_dir: Path | None) -> dict[str, str]:
-  """Those of the data, of the weights, and of what reads them."""
+  """Versions of the data, the weights and scikit-learn."""
   return {
     mails.PACKAGE: mails.VERSION,
     minilm_weights.PACKAGE: minilm_weights.digest(model_dir),

@@ -27,11 +27,7 @@ METHODS = {
   'asam': ('ASAM', plotting.COLORS['asam'], 0.0),
   'momentum_asam': ('momentum ASAM', plotting.COLORS['momentum_asam'], 0.2),
 }
-MODELS = {
-  'mlp': 'MLP, 60,000 images',
-  'cnn': 'CNN, 10,000 images',
-  'cnn-bn': 'CNN with BatchNorm, 10,000 images',
-}
+MODELS = {'mlp': 'MLP', 'cnn': 'CNN', 'cnn-bn': 'CNN with BatchNorm'}
 
 
 class Setting(NamedTuple):
@@ -67,15 +63,21 @@ def _compared() -> Iterator[Setting]:
     methods = result['optimizers']
     is_plain = result['config']['perturb'] == 'all'
     if is_plain and {'sgd', 'sam', 'asam'} <= set(methods):
-      yield _setting(MODELS[result['config']['model']], result)
+      yield _setting(_title(result['config']), result)
 
 
 def _studied() -> Iterator[Setting]:
   for result in tables.load_study():
     config = result['config']
-    title = MODELS[config['model']]
-    epochs, lr = config['epochs'], config['lr']
-    yield _setting(f'{title}, {epochs} epochs, lr {lr:g}', result)
+    title = f'{_title(config)}, {config["epochs"]} epochs, lr {config["lr"]:g}'
+    yield _setting(title, result)
+
+
+def _title(config):
+  # Fashion-MNIST has 60,000 training images, of which 5,000 are held out.
+  held_out = 0 if config['merge_held_out'] else 5_000
+  size = config['train_size'] or 60_000 - held_out
+  return f'{MODELS[config["model"]]}, {size:,} images'
 
 
 def _setting(title, result):
@@ -191,8 +193,7 @@ def main(argv: Sequence[str]) -> None:
   found = settings()
   print(table(found))
   args.out.mkdir(parents=True, exist_ok=True)
-  with records.replacing(args.out / 'gains.png') as partial:
-    draw(found).savefig(partial, format='png')
+  records.write_figure(args.out / 'gains.png', draw(found))
 
 
 if __name__ == '__main__':

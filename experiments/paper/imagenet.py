@@ -78,7 +78,7 @@ def make_parser() -> cli.Parser:
     ('image-size', cli.count, 224, 'height and width'),
     ('threads', cli.count, os.cpu_count() or 1, 'files read in parallel'),
   )
-  add('--seed', type=int, default=0, help='(0)')
+  add('--seed', type=cli.natural(0), default=0, help='(0)')
   add('--out', type=Path, default=Path('out/imagenet'), help='for results')
   add('--resume', action='store_true', help='resume the run in --out')
   return parser

@@ -89,7 +89,7 @@ def load(folder: Path) -> Results:
     path.parent.name: json.loads(path.read_text())
     for path in sorted(folder.glob('*/results.json'))
   }
-  return {name: each for name, each in results.items() if each['complete']}
+  return {name: each for name, each in results.items() if each.get('complete')}
 
 
 def read(name: str) -> Any:
@@ -340,8 +340,7 @@ def main(argv: Sequence[str]) -> None:
     ('noise', draw_noise(results)),
     ('study', draw_study(load_study())),
   ):
-    with records.replacing(args.out / f'{name}.png') as partial:
-      figure.savefig(partial, format='png')
+    records.write_figure(args.out / f'{name}.png', figure)
 
 
 if __name__ == '__main__':

@@ -46,7 +46,7 @@ from experiments.paper import translation_report as report
 from experiments.paper import translation_tables
 from experiments.paper import translation_training as training
 
-# Of each corpus, the defaults of the options with numbers.
+# Default options of each corpus.
 RECIPES: dict[str, dict[str, Any]] = {
   'iwslt': {
     **{'epochs': 50, 'lr': 5e-4, 'warmup': 4000, 'dropout': 0.3},
@@ -126,8 +126,11 @@ def make_parser(name: str = 'iwslt') -> cli.Parser:
       f'--search-{optimizer}',
       type=cli.checked(
         lambda text: [float(x) for x in text.split(',') if x],
-        lambda rhos: all(x > 0 and math.isfinite(x) for x in rhos),
-        'numbers > 0, separated by commas',
+        lambda rhos: (
+          all(x > 0 and math.isfinite(x) for x in rhos)
+          and len(set(rhos)) == len(rhos)
+        ),
+        'different numbers > 0, separated by commas',
         '0.1,0.2',
       ),
       default=default,

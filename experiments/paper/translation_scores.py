@@ -5,8 +5,6 @@ from collections.abc import Sequence
 import numpy as np
 import sacrebleu
 
-from experiments.paper import corpus
-
 NUM_RESAMPLES = 1000
 RESAMPLING_SEED = 0
 
@@ -69,8 +67,3 @@ def resample(counts: Sequence[np.ndarray]) -> np.ndarray:
 def interval(scores: np.ndarray) -> list[float]:
   """The 95 % interval of resampled scores, by their percentiles."""
   return np.percentile(scores, [2.5, 97.5]).tolist()
-
-
-def references(pairs: Sequence[corpus.Pair]) -> list[str]:
-  """The English sentences."""
-  return [english for _, english in pairs]

@@ -15,6 +15,7 @@ from typing import Any
 
 import flax
 import jax
+from matplotlib.figure import Figure
 import numpy as np
 import optax
 import scipy
@@ -40,7 +41,7 @@ def provenance(
   """
   earlier = _commits(started)[:-1] if started else []
   return {
-    'command': command_line(program, argv),
+    'command': shlex.join(['python', '-m', program, *argv]),
     'commit': git_commit(),
     **({'resumed_from': earlier} if earlier else {}),
     'versions': {
@@ -52,11 +53,6 @@ def provenance(
     },
     'device': jax.devices()[0].device_kind,
   }
-
-
-def command_line(program: str, argv: Sequence[str]) -> str:
-  """The command that runs a program with these options."""
-  return shlex.join(['python', '-m', program, *argv])
 
 
 def git_commit() -> str | None:
@@ -108,6 +104,12 @@ def write_json(path: Path, results: Mapping[str, Any]) -> None:
   text = json.dumps(to_json(results), indent=2, allow_nan=False)
   with replacing(path) as partial:
     partial.write_text(text + '\n')
+
+
+def write_figure(path: Path, figure: Figure) -> None:
+  """Writes a figure as a whole, or leaves the file as it was."""
+  with replacing(path) as partial:
+    figure.savefig(partial, format=path.suffix[1:])
 
 
 def write_started(file: Path, config: Mapping[str, Any]) -> None:

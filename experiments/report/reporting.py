@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
-import math
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ def t_interval(values: Any) -> tuple[np.ndarray, np.ndarray]:
   if n == 1:
     return mean, np.full_like(mean, np.nan)
   quantile = scipy.stats.t.ppf(0.975, n - 1)
-  return mean, quantile * values.std(axis=-1, ddof=1) / math.sqrt(n)
+  return mean, quantile * scipy.stats.sem(values, axis=-1)
 
 
 def summarize(per_seed: Any) -> dict[str, Any]:
@@ -149,8 +148,9 @@ def print_results(console: Console, results: Mapping[str, Any]) -> None:
   console.print(
     f'Last epoch, mean over {count_seeds(config)} ± half the 95 % t-interval.'
     f' Loss and sharpness, L(w + eps) - L(w), are on the noisy training set;'
-    f' eps is the steepest ascent step to the surface of a ball, the same for'
-    f' all. Times are for one run.'
+    f' eps is the steepest ascent step to the surface of a ball, the same ball'
+    f' for all methods, for each {config["sharpness_batch_size"]:,} examples.'
+    f' Times are for one run.'
   )
 
 
@@ -158,7 +158,7 @@ def format_mean(
   per_seed: Any, factor: float = 100, decimals: int = 2, sign: str = ''
 ) -> str:
   """Mean ± half its interval; only the mean for a single seed."""
-  mean, half_width = t_interval(factor * np.asarray(per_seed))
+  mean, half_width = t_interval(factor * np.asarray(per_seed, np.float64))
   text = f'{mean:{sign}.{decimals}f}'
   return text if np.isnan(half_width) else f'{text} ± {half_width:.{decimals}f}'
 
@@ -218,7 +218,7 @@ def plot_interval(axes: Axes, curve: Any, *, color: str, label: str) -> None:
   )
 
 
-def write_figure(path: Path, results: Mapping[str, Any]) -> None:
+def draw(results: Mapping[str, Any]) -> Figure:
   """Draws training loss and held-out accuracy over the epochs."""
   config = results['config']
   figure = Figure(figsize=(8, 3.6), dpi=150, layout='constrained')
@@ -254,8 +254,7 @@ def write_figure(path: Path, results: Mapping[str, Any]) -> None:
     f'{describe(config)}: mean and 95 % interval over {count_seeds(config)}'
     f'{interrupted}'
   )
-  with records.replacing(path) as partial:
-    figure.savefig(partial)
+  return figure
 
 
 def write(
@@ -265,12 +264,13 @@ def write(
   searches: Mapping[str, Search],
 ) -> None:
   """Writes results.json and curves.png, and prints the tables."""
+  records.write_json(out / 'results.json', results)
+  records.write_figure(out / 'curves.png', draw(results))
+  # Afterwards, since it fails if what reads it has ended.
   if searches:
     print_searches(console, searches)
   if results['complete']:
     print_results(console, results)
-  records.write_json(out / 'results.json', results)
-  write_figure(out / 'curves.png', results)
   after = f'after {results["wall_time_s"]:.0f} s'
   if results['complete']:
     console.print(f'Wrote results.json and curves.png to {out} {after}.')

@@ -24,6 +24,8 @@ from experiments.paper import budget_training
 from experiments.paper import rank_correlation
 from experiments.paper import sharpness_measures as measures
 from experiments.paper import tables
+from experiments.report import records
+from experiments.report import reporting
 import optax_asam
 from optax_asam import asam
 from optax_asam import normalization
@@ -64,7 +66,8 @@ class Normalized(nn.Module):
 DATASET = make_dataset()
 RECIPE = budget_tasks.Recipe(
   model=Normalized(),
-  make_tx=budget_tasks.adamw(1e-3),
+  make_tx=budget_tasks.make_adamw(),
+  lr=1e-3,
   weight_decay=1e-4,
   weight_decays=(1e-3, 1e-2),
   batch_size=BATCH,
@@ -276,6 +279,11 @@ def test_calibration_error():
       'calibration_error': (0.3 + 0.8) / 2,
     }
   )
+  # A network that diverged must not end the program.
+  diverged = budget_report.measure(np.full((4, 3), np.nan), np.arange(4) % 3)
+  assert math.isnan(diverged['loss'] + diverged['calibration_error'])
+  summary = records.to_json([0.5, diverged['loss']])
+  assert reporting.format_mean(summary) == 'nan'
 
 
 def test_program(tmp_path, monkeypatch, capsys):
@@ -310,7 +318,11 @@ def test_program(tmp_path, monkeypatch, capsys):
   read = lambda: json.loads((tmp_path / 'results.json').read_text())
   budget.main(argv)
   assert 'Out of time' in capsys.readouterr().out
-  assert not read()['complete']
+  stopped = read()
+  assert not stopped['complete']
+  older = {'search': [], 'runs': []}  # A method that the program had before.
+  stopped['tasks']['tiny']['methods']['older'] = older
+  (tmp_path / 'results.json').write_text(json.dumps(stopped))
   budget.main(argv)
   # The search of SAM, three candidates in two groups, was finished.
   sam, every_5 = 2 * [('sam', 2)], 3 * [('every_5', 2)]
@@ -318,6 +330,7 @@ def test_program(tmp_path, monkeypatch, capsys):
   results = read()
   assert results['complete']
   found = results['tasks']['tiny']['methods']
+  assert found.pop('older') == older
   assert [len(found[name]['search']) for name in chosen] == [0, 3, 3]
   for method in found.values():
     assert [run['seed'] for run in method['runs']] == [0, 1]
@@ -397,7 +410,7 @@ def test_sharpness(tmp_path, monkeypatch, capsys):
     lanes = [budget_lanes.Lane(0, (network['rho'], 0.0))]
     params = train(trainer, smaller, network['method'], lanes)
     params = jax.tree.map(lambda x: x[0], params)
-    noisy = budget_training.noisy_labels(DATASET, smaller, 0).train
+    noisy = budget_training.dataset_of_seed(DATASET, smaller, 0).train
     images, labels = DATASET.preprocess(noisy.images), jnp.asarray(noisy.labels)
     logits = RECIPE.model.apply({'params': params}, images)
     error_rate = (logits.argmax(axis=1) != labels).mean()

@@ -1,9 +1,12 @@
 """Promise: comparisons run once, resume, and are the recorded ones."""
 
 import json
+import os
 import pathlib
 import shlex
+import signal
 import subprocess
+import time
 import types
 
 import pytest
@@ -70,6 +73,26 @@ def test_resumed_then_kept(commands, tmp_path, monkeypatch, capsys):
     comparisons.main(argv)
   assert 'holds a run with other options' in capsys.readouterr().err
   assert len(commands) == 2
+
+
+def test_interrupted(tmp_path, monkeypatch):
+  """Ctrl-C, which also ends the runs in progress, starts no others."""
+  started = []
+
+  def run(name, *args):
+    del args
+    started.append(name)
+    time.sleep(0.1)  # Until both are queued.
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.2)
+    return False
+
+  monkeypatch.setattr(comparisons, 'run', run)
+  monkeypatch.setattr(comparisons, 'RUNS', {'first': [], 'second': []})
+  with pytest.raises(KeyboardInterrupt):
+    comparisons.main([f'--out={tmp_path}'])
+  time.sleep(0.4)  # Until a second one would have started.
+  assert started == ['first']
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ import pytest
 import scipy.stats
 
 from experiments import models
+from experiments.models import convolution
 from experiments.models import resnet
-from experiments.models import vit
 from tests.helpers.support import error
 
 
@@ -244,7 +244,7 @@ def randomized(model, images):
     (models.MLP(3, hidden_sizes=(5, 4)), apply_mlp),
     (models.CNN(3, channels=(2, 4), hidden_size=5), apply_cnn),
     (
-      models.CNN(3, (2, 4), 5, conv_general_dilated=vit.convolve),
+      models.CNN(3, (2, 4), 5, conv_general_dilated=convolution.convolve),
       apply_cnn,
     ),
     (resnet.ResNet(3, depth=14), apply_resnet),

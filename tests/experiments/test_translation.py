@@ -321,6 +321,7 @@ def test_program(run, tmp_path, monkeypatch, capsys):
   [
     ('--width=30', 'must be a multiple of twice the heads, but got 30 and 4'),
     ('--vocab-size=9999', 'argument --vocab-size: 9999'),
+    ('--search-sam=0.1,0.1', 'must be different numbers > 0'),
     ('--data-dir=nowhere', 'must be a folder with de-en.tgz or de-en'),
     ('--download', 'is ignored without --corpus libreoffice'),
   ],
