@@ -37,6 +37,7 @@ class Runner(NamedTuple):
   steps: int = 1
 
 
+# pyperf finishes one benchmark before the next; asv recompiles every round.
 def interleave(
   runners: Mapping[str, Runner],
   seconds: float,

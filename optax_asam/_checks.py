@@ -118,10 +118,11 @@ def check_static(name: str, value: Any) -> None:
   """Raises if ``value``, which shapes the program, is an array."""
   if is_array(value):
     raise TypeError(
-      f'{name} must be known before tracing, but got the array {value}. Under'
-      f' optax.inject_hyperparams, name it in static_args, with all others of'
-      f' these that the function takes:'
-      f' optax.inject_hyperparams(asam, {_STATIC_ARGS}).'
+      f'{name} must be known before tracing, but is an array: {value}.'
+      f' optax.inject_hyperparams makes arrays of numbers and functions that'
+      f' static_args does not name. For asam: optax.inject_hyperparams(asam,'
+      f' {_STATIC_ARGS}). For another function, name only those of these'
+      f' arguments that it takes.'
     )
 
 
@@ -156,12 +157,12 @@ def check_below_one(name: str, value: Any, example: str) -> None:
 
 
 def check_no_schedule(rho: Any) -> None:
-  """Raises if ``rho`` is a schedule, which needs a count of updates."""
+  """Raises if ``rho`` is a schedule, which needs a step count."""
   if callable(rho):
     raise TypeError(
       f'rho must be a number or a traced scalar here, but got the function'
-      f' {rho!r}: there is no count of updates for a schedule. For example:'
-      f' rho=0.5, rho=schedule(step), or asam(base_tx, rho=schedule).'
+      f' {rho!r}: this function keeps no step count. For example: rho=0.5,'
+      f' rho=schedule(step), or asam(base_tx, rho=schedule).'
     )
 
 
@@ -176,7 +177,7 @@ def checked_radius(value: Any) -> Any:
 
 
 def check_ord(value: Any) -> None:
-  """Raises unless ``value`` is the exponent of a norm, in [1.001, inf]."""
+  """Raises unless ``value`` is the order of a norm, in [1.001, inf]."""
   check_static('ord', value)
   write = 'For example: ord=2, ord=3 or ord=jnp.inf.'
   if isinstance(value, bool) or not isinstance(value, Number):
@@ -253,7 +254,10 @@ def checked_ascent_fun(
   """``ascent_fun`` with a check of what it returns; by default ``fun``."""
   if ascent_fun is None:
     return fun
-  write = 'ascent_fun=lambda params, batch: loss_fn(params, batch[::4])'
+  write = (
+    'ascent_fun=lambda params, batch: loss_fn(params, jax.tree.map('
+    'lambda x: x[::4], batch))'
+  )
   check_function('ascent_fun', ascent_fun, write)
 
   needed = 'a pair of a scalar and auxiliary data' if has_aux else 'a scalar'

@@ -104,7 +104,7 @@ def steepest_direction(h: Arrays, p: float) -> tuple[Arrays, Arrays]:
 
   Args:
     h: Arrays of one dtype, at least float32.
-    p: The exponent, in [1.001, inf].
+    p: The order, in [1.001, inf].
 
   Returns:
     Arrays x like ``h``, and bool arrays that broadcast to them: where these are

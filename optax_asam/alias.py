@@ -52,8 +52,9 @@ def asam(
       ``adaptive`` is True.
     adaptive: True for element-wise normalization of all but biases, False for
       none (SAM), or a normalization such as ``normalization.filterwise(0.01)``.
-    ord: The p of the ball :math:`\|T_w^{-1} \epsilon\|_p \le \rho`, in
-      [1.001, inf]; the formula above is for p = 2.
+    ord: The order p of the norm, in [1.001, inf]: the perturbation is in the
+      ball :math:`\|T_w^{-1} \epsilon\|_p \le \rho`. The formula above is for
+      p = 2.
     mask: Which leaves are perturbed: a pytree of bools with the structure of
       ``params`` or a prefix of it, a function from ``params`` to one, or None
       for all. The norm is taken over those leaves alone.
@@ -149,7 +150,7 @@ def sam(
     base_tx: The optimizer, such as ``optax.sgd(0.1, momentum=0.9)``.
     rho: The radius :math:`\rho \ge 0` of the perturbation: a number, a traced
       scalar, or an Optax schedule of the number of updates.
-    ord: The exponent p of the ball. This and the following arguments are as in
+    ord: The order p of the norm. This and the following arguments are as in
       :func:`asam`.
     mask: Which leaves are perturbed.
     ascent_steps: Number of ascent steps.

@@ -43,7 +43,7 @@ def steepest_ascent(
     normalization: A function from ``params`` to :math:`T_w`, such as
       ``normalization.elementwise(eta=0.01)``: a pytree like ``params`` of
       non-negative arrays that broadcast to their parameter, or Python ones.
-    ord: The exponent p of the ball, in [1.001, inf].
+    ord: The order p of the norm, in [1.001, inf].
     mask: Which leaves are perturbed; the norm is taken over those alone. A
       pytree of bools with the structure of ``params`` or a prefix of it, a
       function from ``params`` to one, or None for all.
@@ -131,7 +131,7 @@ def rho_ball(
     eta: The constant of element-wise normalization, if ``adaptive`` is True.
     adaptive: True for element-wise normalization, False for none, or a
       normalization.
-    ord: The exponent p of the ball, in [1.001, inf].
+    ord: The order p of the norm, in [1.001, inf].
     mask: Which leaves are perturbed, as in :func:`steepest_ascent`.
 
   Returns:

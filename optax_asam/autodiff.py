@@ -50,13 +50,14 @@ def value_and_grad(
     argnums: Which positional arguments are differentiated and perturbed; with
       several, the norm is taken over all of them.
     has_aux: Whether ``fun`` returns auxiliary data.
-    rho: The radius :math:`\rho \ge 0`, a number or a traced scalar. Evaluate
-      a schedule in the train step: no updates are counted here. The default is
-      for element-wise normalization and ``ord=2``; SAM usually takes 0.05.
+    rho: The radius :math:`\rho \ge 0`, a number or a traced scalar. For a
+      schedule, pass ``rho=schedule(step)``: this function keeps no step count.
+      The default is for element-wise normalization and ``ord=2``; SAM usually
+      takes 0.05.
     eta: The constant :math:`\eta \ge 0` of element-wise normalization.
     adaptive: True for element-wise normalization of all but biases, False for
       none (SAM), or a normalization such as ``normalization.filterwise(0.01)``.
-    ord: The exponent p of the ball, in [1.001, inf].
+    ord: The order p of the norm, in [1.001, inf].
     mask: Which leaves are perturbed, as in :func:`asam`. With several
       ``argnums`` it is a mask for the tuple of those arguments.
     ascent_steps: Number of ascent steps, each of which costs a gradient.
@@ -68,9 +69,10 @@ def value_and_grad(
       default ``fun``. It takes the same arguments as ``fun`` and returns a
       scalar, or with ``has_aux`` a pair. For example, the loss of a quarter of
       the batch: ``ascent_fun=lambda params, batch: loss_fn(params,
-      batch[::4])``. All ascent steps use it. ``fun`` is evaluated only at
-      w + eps, so the value and the auxiliary data are those at w + eps. The
-      first argument of ``descent`` is the gradient of ``ascent_fun``.
+      jax.tree.map(lambda x: x[::4], batch))``. All ascent steps use it. ``fun``
+      is evaluated only at w + eps, so the value and the auxiliary data are
+      those at w + eps. The first argument of ``descent`` is the gradient of
+      ``ascent_fun``.
 
   Returns:
     A function of the arguments of ``fun`` that returns ``(value, grads)``, or
@@ -162,7 +164,7 @@ def grad(
     rho: The radius, a number or a traced scalar.
     eta: The constant of element-wise normalization.
     adaptive: True, False or a normalization.
-    ord: The exponent p of the ball, in [1.001, inf].
+    ord: The order p of the norm, in [1.001, inf].
     mask: Which leaves are perturbed.
     ascent_steps: Number of ascent steps.
     descent: A function from the clean and the perturbed gradient to the one

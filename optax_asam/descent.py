@@ -27,8 +27,8 @@ def gsam(alpha: chex.Numeric = 0.4) -> Descent:
     g' = \tilde g - \alpha \left( g - \frac{\langle g, \tilde g
     \rangle}{\|\tilde g\|_2^2} \, \tilde g \right)
 
-  with g at w and :math:`\tilde g` at :math:`w + \epsilon`: the part of g that
-  is orthogonal to :math:`\tilde g` is ascended.
+  with g at w and :math:`\tilde g` at :math:`w + \epsilon`: the component of
+  g orthogonal to :math:`\tilde g` is subtracted.
 
   Args:
     alpha: The weight :math:`\alpha \ge 0`, a number or a traced scalar. The

@@ -33,7 +33,7 @@ def filter_value_and_grad(
   perturbed_dtype: Any = None,
   ascent_fun: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-  r"""The value of ``fun`` and its sharpness-aware gradient, for any module.
+  r"""The value and sharpness-aware gradient of ``fun``, for Equinox modules.
 
   .. math::
     (L(w), \nabla L(w + \epsilon)), \quad
@@ -50,17 +50,19 @@ def filter_value_and_grad(
     fun: A function that returns a scalar, or with ``has_aux`` a pair of a
       scalar and auxiliary data.
     has_aux: Whether ``fun`` returns auxiliary data.
-    rho: The radius :math:`\rho \ge 0`, a number or a traced scalar. Evaluate
-      a schedule in the train step: no updates are counted here. The default is
-      for element-wise normalization and ``ord=2``; SAM usually takes 0.05.
+    rho: The radius :math:`\rho \ge 0`, a number or a traced scalar. For a
+      schedule, pass ``rho=schedule(step)``: this function keeps no step count.
+      The default is for element-wise normalization and ``ord=2``; SAM usually
+      takes 0.05.
     eta: The constant :math:`\eta \ge 0` of element-wise normalization.
     adaptive: True for element-wise normalization of all but biases, False for
       none (SAM), or a normalization, such as
       ``normalization.filterwise(0.01, axis=0)`` for Equinox's convolutions.
-    ord: The exponent p of the ball, in [1.001, inf].
-    mask: Which of the floating arrays are perturbed: a pytree of bools like the
-      first argument or a prefix of it, or a function from its floating arrays,
-      with None for everything else, to one.
+    ord: The order p of the norm, in [1.001, inf].
+    mask: Which of the floating arrays are perturbed: a pytree of bools with
+      the structure of the first argument or a prefix of it, or a function that
+      returns one. The function receives the first argument with None in place
+      of everything but floating arrays.
     ascent_steps: Number of ascent steps, each of which costs a gradient.
     descent: A function from the clean and the perturbed gradient to the one
       that is returned; by default the perturbed one.
@@ -70,9 +72,10 @@ def filter_value_and_grad(
       default ``fun``. It takes the same arguments as ``fun`` and returns a
       scalar, or with ``has_aux`` a pair. For example, the loss of a quarter of
       the batch: ``ascent_fun=lambda model, batch: loss_fn(model,
-      batch[::4])``. All ascent steps use it. ``fun`` is evaluated only at
-      w + eps, so the value and the auxiliary data are those at w + eps. The
-      first argument of ``descent`` is the gradient of ``ascent_fun``.
+      jax.tree.map(lambda x: x[::4], batch))``. All ascent steps use it. ``fun``
+      is evaluated only at w + eps, so the value and the auxiliary data are
+      those at w + eps. The first argument of ``descent`` is the gradient of
+      ``ascent_fun``.
 
   Returns:
     A function of the arguments of ``fun`` that returns ``(value, grads)``, or
@@ -181,7 +184,7 @@ def filter_grad(
     rho: The radius, a number or a traced scalar.
     eta: The constant of element-wise normalization.
     adaptive: True, False or a normalization.
-    ord: The exponent p of the ball, in [1.001, inf].
+    ord: The order p of the norm, in [1.001, inf].
     mask: Which of the floating arrays are perturbed.
     ascent_steps: Number of ascent steps.
     descent: A function from the clean and the perturbed gradient to the one

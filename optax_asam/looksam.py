@@ -81,7 +81,7 @@ def looksam(
     every_k: The second gradient is taken on updates 0, k, 2k, ...
     alpha: The weight :math:`\alpha \ge 0` of the reused direction, a number or
       a traced scalar.
-    ord: The exponent p of the ball, in [1.001, inf].
+    ord: The order p of the norm, in [1.001, inf].
     mask: Which leaves are perturbed, as in :func:`optax_asam.asam`. The
       direction includes all leaves.
     axis_name: Name of the mapped axis over which gradients are averaged, as in

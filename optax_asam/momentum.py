@@ -70,14 +70,14 @@ def momentum_asam(
       ``adaptive`` is True.
     adaptive: True for element-wise normalization of all but biases, False for
       none, or a normalization such as ``normalization.filterwise(0.01)``.
-    ord: The exponent p of the ball, in [1.001, inf].
+    ord: The order p of the norm, in [1.001, inf].
     mask: Which leaves are perturbed, as in :func:`asam`.
     momentum: The decay :math:`0 \le \beta < 1` of an average of gradients,
       :math:`m_{t + 1} = \beta m_t + (1 - \beta) g_t`, that is kept in addition
       to the state of ``base_tx``. Non-finite gradients do not enter it. By
-      default, m is the average that ``base_tx`` keeps, as do SGD with momentum,
-      Adam, AdamW, NAdam, RAdam, LAMB, Lion, AdaBelief, Yogi, AMSGrad and
-      AdaMax.
+      default, m is the average kept by ``base_tx``. SGD with momentum, Adam,
+      AdamW, NAdam, RAdam, LAMB, Lion, AdaBelief, Yogi, AMSGrad and AdaMax keep
+      one.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs` whose ``update`` needs

@@ -61,13 +61,14 @@ def value_and_grad(
       filter selects; or a sequence of these. With several, the norm is taken
       over all of them.
     has_aux: Whether ``f`` returns auxiliary data.
-    rho: The radius :math:`\rho \ge 0`, a number or a traced scalar. Evaluate
-      a schedule in the train step: no updates are counted here. The default is
-      for element-wise normalization and ``ord=2``; SAM usually takes 0.05.
+    rho: The radius :math:`\rho \ge 0`, a number or a traced scalar. For a
+      schedule, pass ``rho=schedule(step)``: this function keeps no step count.
+      The default is for element-wise normalization and ``ord=2``; SAM usually
+      takes 0.05.
     eta: The constant :math:`\eta \ge 0` of element-wise normalization.
     adaptive: True for element-wise normalization of all but biases, False for
       none (SAM), or a normalization such as ``normalization.filterwise(0.01)``.
-    ord: The exponent p of the ball, in [1.001, inf].
+    ord: The order p of the norm, in [1.001, inf].
     mask: Which of the differentiated variables are perturbed: a pytree of bools
       like their ``nnx.State`` or a prefix of it, or a function from it to one.
       With several ``argnums`` it is a mask for the tuple of those states.
@@ -79,12 +80,13 @@ def value_and_grad(
     ascent_fun: The function whose gradient determines the perturbation; by
       default ``f``. It takes the same arguments as ``f`` and returns a scalar,
       or with ``has_aux`` a pair. For example, the loss of a quarter of the
-      batch: ``ascent_fun=lambda model, batch: loss_fn(model, batch[::4])``. All
-      ascent steps use it, on copies of the modules. ``f`` is evaluated only at
-      w + eps, so the value, the auxiliary data, the batch statistics and the
-      RNG counts are those at w + eps. Changes that ``f`` makes to the
-      differentiated variables are discarded. The first argument of ``descent``
-      is the gradient of ``ascent_fun``.
+      batch: ``ascent_fun=lambda model, batch: loss_fn(model,
+      jax.tree.map(lambda x: x[::4], batch))``. All ascent steps use it, on
+      copies of the modules. ``f`` is evaluated only at w + eps, so the value,
+      the auxiliary data, the batch statistics and the RNG counts are those at
+      w + eps. Changes that ``f`` makes to the differentiated variables are
+      discarded. The first argument of ``descent`` is the gradient of
+      ``ascent_fun``.
 
   Returns:
     A function of the arguments of ``f`` that returns ``(value, grads)``, or
@@ -193,7 +195,7 @@ def grad(
     rho: The radius, a number or a traced scalar.
     eta: The constant of element-wise normalization.
     adaptive: True, False or a normalization.
-    ord: The exponent p of the ball, in [1.001, inf].
+    ord: The order p of the norm, in [1.001, inf].
     mask: Which variables are perturbed.
     ascent_steps: Number of ascent steps.
     descent: A function from the clean and the perturbed gradient to the one

@@ -48,7 +48,7 @@ def average_case(
     key: A random key.
     normalization: A function from ``params`` to :math:`T_w`.
     distribution: ``'normal'`` or ``'uniform'``.
-    ord: The exponent p of the ball, 2 or inf, for a uniform distribution.
+    ord: The order p of the norm, 2 or inf, for a uniform distribution.
     samples: Number of points, each of which costs an evaluation of the loss.
     mask: Which leaves are perturbed, as in :func:`optax_asam.asam`.
     perturbed_dtype: As in :func:`worst_case`.

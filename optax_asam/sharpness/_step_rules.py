@@ -105,7 +105,8 @@ def apgd_steps() -> StepRule:
   Steps start at twice the radius, with momentum 0.25. At a few checkpoints, if
   fewer than three quarters of the steps since the last one increased the loss,
   or if there is no new best point, the size is halved and the run restarts from
-  its best point.
+  its best point. Unlike the published rule, a halving does not spend a step on
+  returning to the best point.
 
   Returns:
     A rule for the argument ``step_rule`` of :func:`worst_case`.

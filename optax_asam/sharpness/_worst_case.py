@@ -57,7 +57,7 @@ def worst_case(
     rho: The radius :math:`\rho \ge 0`, a number or a traced scalar.
     normalization: A function from ``params`` to :math:`T_w`: by default that of
       ASAM; ``normalization.identity()`` for sharpness without normalization.
-    ord: The exponent p of the ball, 2 or inf.
+    ord: The order p of the norm, 2 or inf.
     steps: Number of steps in a run, each of which costs a gradient.
     step_rule: The sizes of the steps: :func:`fixed_steps` or
       :func:`apgd_steps`.
@@ -143,7 +143,7 @@ def worst_perturbation(
       :func:`worst_case`.
     rho: The radius.
     normalization: A function from ``params`` to :math:`T_w`.
-    ord: The exponent p of the ball, 2 or inf.
+    ord: The order p of the norm, 2 or inf.
     steps: Number of steps in a run.
     step_rule: The sizes of the steps.
     restarts: Number of runs.

@@ -490,7 +490,7 @@ def test_schedule_free(x64):
     y = 0.1 * z + 0.9 * x
   assert_close(params, y)
   names = piece('schedule_free', state=state, params=params)
-  assert_close(names['eval_params'], x)
+  assert_close(names['clean_params'], x)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,8 @@ def test_head(path):
   ],
   ids=['clone', 'PyPI', 'repository', 'installed'],
 )
-def test_install(in_clone, available, tried, monkeypatch):
+@pytest.mark.parametrize('missing', ['optax_asam', 'flax', 'sklearn'])
+def test_install(in_clone, available, tried, missing, monkeypatch):
   """From the clone, or from PyPI, or from the repository; only if missing."""
   installed = available is None
   names = {}
@@ -78,8 +79,8 @@ def test_install(in_clone, available, tried, monkeypatch):
       installed = names['source'] in available
 
   def find_spec(name):
-    assert name == 'optax_asam'
-    return installed or None
+    assert name in ('optax_asam', 'flax', 'matplotlib', 'sklearn')
+    return installed or name != missing or None
 
   monkeypatch.setattr(importlib.util, 'find_spec', find_spec)
   monkeypatch.setattr(os.path, 'exists', lambda path: in_clone)

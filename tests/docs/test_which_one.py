@@ -1,9 +1,14 @@
 """Promise: the table of docs/which_one.md is what the methods cost and need."""
 
+import json
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
+from scipy import stats
 
 import optax_asam
 from optax_asam import asam
@@ -108,6 +113,26 @@ def test_estimator(row):
   jax.jit(optax_asam.grad(loss_fn, **options))(PARAMS)
   jax.effects_barrier()
   assert sum(counts) == pytest.approx(float(gradients))
+
+
+def test_momentum_or_a_quarter():
+  """The recorded differences in accuracy, paired by seed."""
+  path = pages.ROOT / 'experiments' / 'results' / 'budget' / 'results.json'
+  tasks = json.loads(path.read_text())['tasks']
+  (line,) = [line for line in PAGE.splitlines() if 'on a quarter of' in line]
+  for task in 'vit-2000', 'cnn-noise-40':
+    momentum, quarter = (
+      {
+        run['seed']: run['test_accuracy']
+        for run in tasks[task]['methods'][name]['runs']
+      }
+      for name in ('momentum_asam', 'quarter')
+    )
+    differences = [100 * (momentum[seed] - quarter[seed]) for seed in momentum]
+    n = len(differences)
+    margin = stats.t.ppf(0.975, n - 1) * np.std(differences, ddof=1)
+    margin /= math.sqrt(n)
+    assert f'{np.mean(differences):+.2f} ± {margin:.2f}' in line
 
 
 def test_rows():

@@ -59,7 +59,7 @@ def test_max_text(tmp_path, monkeypatch):
   assert len(records) == 3
   assert_momentum_asam(
     jax.device_get(jax.tree.leaves(names['params'])),
-    jax.device_get(jax.tree.leaves(names['eval_params'])),
+    jax.device_get(jax.tree.leaves(names['clean_params'])),
     lambda params, grads: grads,
     records[0][0],
     [grads for _, grads in records],
