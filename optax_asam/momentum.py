@@ -156,7 +156,17 @@ def momentum_asam(
     else:
       average = m = _trees.finite_ema(momentum, state.momentum, updates)
 
-    w = _applied(clean_params, _unfused(base_updates))
+    # The update without the next perturbation. What reads it below does not
+    # read the perturbation so far, whose memory XLA can use for it.
+    moves = jax.tree.map(
+      lambda old, u: (
+        u if _checks.is_masked(old) else jnp.asarray(u, old.dtype) - old
+      ),
+      state.perturbation,
+      base_updates,
+      is_leaf=_checks.is_masked,
+    )
+    w = _moved(params, moves)
 
     def pull(w, m):
       coordinates = _geometry.coordinates(w, normalization, mask)
@@ -174,22 +184,23 @@ def momentum_asam(
     # Without a perturbation, the update is that of `base_tx`, bit for bit: 0.0
     # is subtracted, since it would turn -0.0 into 0.0 if it were added.
     updates = jax.tree.map(
-      lambda e, old, u: (
-        u
-        if _checks.is_masked(e)
-        else (jnp.asarray(u, e.dtype) - (old + e)).astype(_checks.dtype_of(u))
+      lambda e, s, u: (
+        s if _checks.is_masked(e) else (s - e).astype(_checks.dtype_of(u))
       ),
       eps,
-      state.perturbation,
+      moves,
       base_updates,
       is_leaf=_checks.is_masked,
     )
     updates = _rounded(updates)
     # What `optax.apply_updates` will round to, or the roundings would add up.
+    perturbed_params = _rounded(optax.apply_updates(params, updates))
     perturbation = jax.tree.map(
-      lambda e, p, w: e if _checks.is_masked(e) else p - w,
+      lambda e, p, w: (
+        e if _checks.is_masked(e) else jnp.asarray(p, w.dtype) - w
+      ),
       eps,
-      _applied(params, updates),
+      perturbed_params,
       w,
       is_leaf=_checks.is_masked,
     )
@@ -276,21 +287,16 @@ def _clean(e: Any, w: Any) -> Any:
   return (jnp.asarray(w, e.dtype) - e).astype(_checks.dtype_of(w))
 
 
-def _applied(params: optax.Params, updates: optax.Updates) -> optax.Params:
-  """What ``optax.apply_updates`` returns, in at least float32."""
-  params = _rounded(optax.apply_updates(params, updates))
-  return jax.tree.map(_trees.widen, params)
+def _moved(params: optax.Params, moves: optax.Updates) -> optax.Params:
+  """The sum, rounded to the dtypes of ``params``, in at least float32."""
 
+  def leaf(p, s):
+    wide = _trees.accumulator_dtype(p, s)
+    total = jnp.asarray(p, wide) + jnp.asarray(s, wide)
+    return total.astype(_checks.dtype_of(p))
 
-def _unfused(updates: optax.Updates) -> optax.Updates:
-  """``updates`` with 0.0 for -0.0, which are not fused into a sum.
-
-  With a fused multiply-add in one sum but not in another, w would differ by a
-  rounding from the parameters, without a perturbation.
-  """
-  return jax.tree.map(
-    lambda u: jnp.where(u == 0, jnp.zeros_like(u), u), updates
-  )
+  moved = _rounded(jax.tree.map(leaf, params, moves))
+  return jax.tree.map(_trees.widen, moved)
 
 
 def _rounded(tree: Any) -> Any:
