@@ -560,22 +560,6 @@ def test_optax_suite(monkeypatch, name, options):
   )
 
 
-@pytest.mark.parametrize(
-  ('options', 'message'),
-  [
-    ({'momentum': 1.0}, r'momentum must be .*1.0.*momentum=0.9'),
-    ({'momentum': -0.1}, r'momentum must be .*-0.1.*momentum=0.9'),
-    ({'rho': -1.0}, r'rho must be .*-1.0.*rho='),
-    ({'ord': 1}, r'ord must be .*1'),
-    ({'mask': False}, r'mask selects nothing'),
-  ],
-)
-def test_errors(options, message):
-  """The message names the argument, the value and one that works."""
-  with pytest.raises(ValueError, match=message):
-    momentum_asam(SGD, **options)
-
-
 def test_masked_around():
   """What hides parameters belongs inside."""
   tx = optax.masked(momentum_asam(SGD), {'kernel': True, 'bias': False})
