@@ -211,9 +211,12 @@ def descend(network, grads):
   nnx.update(network, jax.tree.map(lambda w, g: w - 0.1 * g, params, grads))
 
 
-@pytest.mark.parametrize('on_part', [False, True])
-def test_several_arguments(on_part):
-  """A module in part, an array and two modules in a list share one norm.
+@pytest.mark.parametrize(
+  ('on_part', 'mask'),
+  [(False, None), (True, None), (False, (True, False, True))],
+)
+def test_several_arguments(on_part, mask):
+  """A module in part, an array and two modules in a list share norm and mask.
 
   The two share a variable, which counts once. Keys may be an argument of their
   own; both passes draw the same.
@@ -251,7 +254,7 @@ def test_several_arguments(on_part):
 
   kernel = nnx.DiffState(0, nnx.PathContains('kernel'))
   value, grads = optax_asam.nnx.value_and_grad(
-    loss_fn, (kernel, 2, 3), ascent_fun=ascent_fun
+    loss_fn, (kernel, 2, 3), mask=mask, ascent_fun=ascent_fun
   )(first, rngs, scale, [second, third])
 
   params = (
@@ -263,7 +266,7 @@ def test_several_arguments(on_part):
     ),
   )
   expected = optax_asam.value_and_grad(
-    pure_loss_fn, ascent_fun=pure_ascent_fun
+    pure_loss_fn, mask=mask, ascent_fun=pure_ascent_fun
   )(params)
   assert error([nnx.state(module) for module in modules], before) == 0
   assert isinstance(grads, tuple)
@@ -398,6 +401,15 @@ def test_errors(model, arguments, message):
   """Name the argument, and what to write instead."""
   with pytest.raises(TypeError, match=message):
     optax_asam.nnx.grad(**{'f': small_loss_fn, **arguments})(model, jnp.eye(3))
+
+
+@pytest.mark.skipif(
+  not hasattr(nnx, 'set_graph_updates'), reason='earlier Flax accepts it'
+)
+def test_bound_method_is_an_error(model):
+  """That of Flax: what is differentiated would not be an argument."""
+  with pytest.raises(ValueError, match='bound method'):
+    optax_asam.nnx.grad(model.__call__)
 
 
 @pytest.mark.parametrize('wrap', [lambda m: m, lambda m: (m,), lambda m: [m]])
