@@ -14,7 +14,6 @@ from optax_asam import looksam
 from optax_asam import momentum_asam
 from tests.helpers.cases import BASES
 from tests.helpers.cases import FAST_BASES
-from tests.helpers.cases import LINE_SEARCHES
 from tests.helpers.cases import update_on
 from tests.helpers.support import assert_same_bits
 from tests.helpers.support import error
@@ -79,26 +78,19 @@ def asam_distance(base, target, wrap=asam):
 @pytest.mark.parametrize('target', TARGETS)
 @pytest.mark.parametrize('base', SLOW)
 def test_decaying_rho(base, target):
-  """Where rho decays to zero, the minimum is reached as by the base alone."""
-  tx = optax.chain(BASES[base]())  # a chain, as asam is
-  assert jax.jit(lambda: distance(base, tx, target))() < CONVERGED
+  """Where rho decays to zero, the minimum is reached."""
   rho = RADII.get((base, target), RHO)
   assert asam_distance(base, target)(rho, 0.0) < CONVERGED
 
 
-@pytest.mark.parametrize('base', SLOW)
-def test_constant_rho(base):
+def test_constant_rho():
   """A constant rho keeps near the minimum of a bowl, and off a narrow one.
 
-  On the parabola g~ points away from the minimum wherever g does, so that steps
-  overshoot by no more than a learning rate times rho. (With a perturbation
-  downhill the iterates would stay on a circle of radius rho.) The valley of the
-  Rosenbrock function is narrower than rho: without a decay the minimum is not
-  reached, except by a search that tests the clean loss for long enough.
+  On the parabola g~ points away from the minimum wherever g does. The valley of
+  the Rosenbrock function is narrower than rho.
   """
-  assert asam_distance(base, 'parabola')(RHO, RHO) < RHO / 5
-  if base not in LINE_SEARCHES:
-    assert asam_distance(base, 'rosenbrock')(RHO, RHO) > RHO
+  assert asam_distance('momentum', 'parabola')(RHO, RHO) < RHO / 5
+  assert asam_distance('momentum', 'rosenbrock')(RHO, RHO) > RHO
 
 
 @pytest.mark.parametrize('base', ['momentum', 'adam'])
@@ -125,52 +117,23 @@ def test_momentum_asam_with_a_constant_rho():
   assert clean.max() < 1e-2 < perturbed.min()
 
 
-@functools.cache
-def line_search(base):
-  """A few iterates on the parabola: before, updates, after, state."""
-  loss_fn, params, _ = TARGETS['parabola']
-  tx = asam(BASES[base](), RHO)
-  step = jax.jit(functools.partial(update_on, loss_fn, base, tx))
-  # Without the weak types of Optax's searches, which would compile once more.
-  state = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), tx.init(params))
-  iterates = []
-  for _ in range(2):
-    updates, state = step(state, params)
-    before, params = params, optax.apply_updates(params, updates)
-    iterates.append((before, updates, params, state))
-  return iterates
-
-
-@pytest.mark.parametrize('base', LINE_SEARCHES)
-def test_line_searches_see_the_clean_loss(base):
-  """A line search around asam lowers the clean loss along the direction of g~.
-
-  The loss L(w), the gradient at w and the loss at the points that it tries are
-  clean. So it accepts a step that lowers L(w) enough, and the ``value`` in its
-  state is L at the new parameters.
-  """
-  loss_fn, _, _ = TARGETS['parabola']
-  for before, updates, after, state in line_search(base):
-    value, grads = jax.value_and_grad(loss_fn)(before)
-    slope = jnp.vdot(updates, grads)
-    assert slope < 0
-    assert loss_fn(after) <= value + 1e-4 * slope
-    assert error(state[1][-1].value, loss_fn(after)) < 1e-6
-    assert state[0].perturbed_value > value
-
-
 def test_lbfgs_sees_the_perturbed_gradient():
   """L-BFGS takes its curvature from differences of g~, its search uses g."""
-  loss_fn, _, _ = TARGETS['parabola']
+  loss_fn, params, _ = TARGETS['parabola']
+  tx = asam(BASES['lbfgs'](), RHO)
+  step = jax.jit(functools.partial(update_on, loss_fn, 'lbfgs', tx))
+  # Without the weak types of Optax's searches, which would compile once more.
+  state = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), tx.init(params))
   ball = ascent.rho_ball(RHO, 0.01, True)
   perturbed_grads = []
-  for before, *_ in line_search('lbfgs'):
-    eps, _ = ball.update(jax.grad(loss_fn)(before), ball.init(before), before)
-    perturbed_grads.append(jax.grad(loss_fn)(before + eps))
+  for _ in range(2):
+    eps, _ = ball.update(jax.grad(loss_fn)(params), ball.init(params), params)
+    perturbed_grads.append(jax.grad(loss_fn)(params + eps))
+    updates, state = step(state, params)
+    params = optax.apply_updates(params, updates)
   expected = perturbed_grads[1] - perturbed_grads[0]
-  *_, after, state = line_search('lbfgs')[-1]
   memory = optax.tree.get(state, 'diff_updates_memory')
   assert min(error(row, expected) for row in memory) < 1e-5
-  value, grads = optax.value_and_grad_from_state(loss_fn)(after, state=state)
+  value, grads = optax.value_and_grad_from_state(loss_fn)(params, state=state)
   assert_same_bits(value, state[1][-1].value)
-  assert error(grads, jax.grad(loss_fn)(after)) < 1e-5
+  assert error(grads, jax.grad(loss_fn)(params)) < 1e-5

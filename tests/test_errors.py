@@ -5,6 +5,7 @@ phrases of a case, with ' & ' between them.
 """
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,15 @@ import pytest
 import optax_asam
 from optax_asam import asam
 from optax_asam import ascent
+from optax_asam import descent
 from optax_asam import looksam
+from optax_asam import momentum_asam
 from optax_asam import normalization
 from optax_asam import sam
 from optax_asam import sharpness
 from optax_asam import sharpness_aware
+import optax_asam.equinox
+import optax_asam.nnx
 
 PARAMS = {'dense': {'kernel': jnp.ones((2, 3)), 'bias': jnp.ones(3)}}
 BIAS = "params['dense']['bias']"
@@ -77,6 +82,14 @@ def each_scale(name):
   ]
 
 
+def each_decay(name):
+  """Bad values of a number in [0, 1)."""
+  return [
+    *each(ValueError, name, (-0.1, 1.0, np.nan, jnp.array(1.5))),
+    *each(TypeError, name, ('0.9', True)),
+  ]
+
+
 def each_count(name):
   """Bad values of an int >= 1."""
   return [
@@ -91,6 +104,10 @@ KEYWORDS = [
   *each_scale('rho'),
   *each_scale('eta'),
   *each_scale('alpha'),
+  *each_scale('sigma'),
+  *each_decay('decay'),
+  *each_decay('gamma'),
+  *each_decay('momentum'),
   *each_count('every_k'),
   *each_count('ascent_steps'),
   *each(ValueError, 'ord', (1, 1.0001, 0.5, 0, np.nan, -np.inf), '{} & ord=2'),
@@ -113,25 +130,32 @@ KEYWORDS = [
 ]
 
 
+WRAPPERS = (asam, sam, looksam, momentum_asam)
+ESTIMATORS = (
+  optax_asam.value_and_grad,
+  optax_asam.grad,
+  optax_asam.nnx.value_and_grad,
+  optax_asam.nnx.grad,
+  optax_asam.equinox.filter_value_and_grad,
+  optax_asam.equinox.filter_grad,
+)
+FACTORIES = [
+  *[functools.partial(wrapper, SGD) for wrapper in WRAPPERS],
+  *[functools.partial(estimator, loss_fn) for estimator in ESTIMATORS],
+  *(ascent.friendly, descent.gsam, descent.wsam),
+]
+
+
 @pytest.mark.parametrize(('error', 'name', 'value', 'phrases'), KEYWORDS)
 def test_keywords(error, name, value, phrases):
-  """In the factories, before anything is traced."""
-  factories = []
-  if name not in ('ascent_steps', 'descent'):
-    factories.append(functools.partial(looksam, SGD))
-  if name != 'alpha':
-    factories.append(functools.partial(asam, SGD))
-  if name not in ('adaptive', 'alpha', 'eta'):
-    factories.append(functools.partial(sam, SGD))
-  if name not in ('alpha', 'every_k'):
-    for estimator in (optax_asam.value_and_grad, optax_asam.grad):
-      factories.append(functools.partial(estimator, loss_fn))
-  for factory in factories:
-    call = functools.partial(factory, **{name: value})
-    assert_raises(error, call, f'{name} & {phrases}')
+  """In all that take it, before anything is traced."""
+  for factory in FACTORIES:
+    if name in inspect.signature(factory).parameters:
+      call = functools.partial(factory, **{name: value})
+      assert_raises(error, call, f'{name} & {phrases}')
 
 
-@pytest.mark.parametrize('factory', [asam, sam, looksam])
+@pytest.mark.parametrize('factory', WRAPPERS)
 def test_base_tx(factory):
   """Likely slips with the first argument."""
   for call, got in [

@@ -22,6 +22,7 @@ from tests.helpers import reference
 from tests.helpers.cases import DESCENTS
 from tests.helpers.support import assert_same_bits
 from tests.helpers.support import error
+from tests.helpers.support import perturbed_point
 
 ORDS = [2, 3, jnp.inf]
 # A number, and the ords for which a clean gradient gives no perturbation that
@@ -172,7 +173,7 @@ def assert_bases_alone(results, params, seen, numbers):
 @pytest.mark.parametrize('adaptive', [True, False], ids=['asam', 'sam'])
 @pytest.mark.parametrize('ord', ORDS)
 @pytest.mark.parametrize('where', LEAVES)
-@pytest.mark.parametrize('bad_pass', ['clean', 'perturbed', 'both'])
+@pytest.mark.parametrize('bad_pass', ['clean', 'perturbed'])
 @pytest.mark.parametrize('name', NUMBERS)
 def test_bad_step(params, name, bad_pass, where, ord, adaptive):
   """The perturbation is the formula's or none; the bases get what is there."""
@@ -182,7 +183,7 @@ def test_bad_step(params, name, bad_pass, where, ord, adaptive):
   )
   _, in_one_leaf, in_all = NUMBERS[name]
   none_made = in_all if where == 'all leaves' else in_one_leaf
-  if bad_pass != 'perturbed' and ord in none_made:
+  if bad_pass == 'clean' and ord in none_made:
     assert_same_bits(seen, params)
   else:
     grads = gradient(params, clean)
@@ -238,32 +239,19 @@ def test_bad_ascent_step(params, name, bad_passes):
   assert_same_bits((guarded[0], guarded[1][1]), expected)
 
 
-def second_pass(tx, params, grads):
-  """What the second pass saw, and the updates; its gradient is what it saw."""
-
-  @jax.jit
-  def step(params, grads):
-    seen = []
-    grad_fn = lambda p: seen.append(p) or p
-    updates, _ = tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
-    return seen[0], updates
-
-  return step(params, grads)
-
-
 def test_bad_gradient_where_nothing_is_perturbed(params):
   """A leaf that ``mask`` leaves out has no part in the norm, whatever it is."""
   tx = asam(optax.identity(), RHO, ETA, mask={'kernel': True, 'bias': False})
   grads = gradient(params, bad(params, 'nan', ['bias']))
   expected = by_the_formula(params, grads, perturbed=['kernel'])
-  assert error(second_pass(tx, params, grads)[0], expected) < 1e-6
+  assert error(perturbed_point(tx, params, grads)[0], expected) < 1e-6
 
 
 def test_descent_hands_on_what_it_uses(params):
   """A bad clean gradient reaches the base through it."""
   grads = gradient(params, bad(params, 'nan', ['bias']))
   tx = asam(optax.identity(), descent=DESCENTS['linear'])
-  seen, updates = second_pass(tx, params, grads)
+  seen, updates = perturbed_point(tx, params, grads)
   assert_same_bits(seen, params)
   assert jnp.isnan(updates['bias']).all()
   assert_same_bits(updates['kernel'], 5 / 4 * params['kernel'])
@@ -332,7 +320,7 @@ def test_float16(params, ord):
   tx = asam(optax.identity(), RHO, ETA, ord=ord)
   for size in (200, 65504, 6e-8):
     grads = {k: size * jnp.sign(w) for k, w in params.items()}
-    seen, _ = second_pass(tx, params, grads)
+    seen, _ = perturbed_point(tx, params, grads)
     # An ulp: w + eps is rounded, and eps may be.
     assert error(seen, by_the_formula(params, grads, ord)) < 2**-10
     assert error(seen, params) > 0.05

@@ -9,7 +9,21 @@ import optax_asam
 from optax_asam import ascent
 from optax_asam import descent
 from optax_asam import normalization
+from optax_asam import plotting
+from optax_asam import sharpness
+import optax_asam.equinox
+import optax_asam.nnx
 
+OPTIONS = (
+  ' rho=0.5, eta=0.01, adaptive=True, ord=2, mask=None, ascent_steps=1,'
+  ' descent=None, perturbed_dtype=None, ascent_fun=None)'
+)
+WORST_CASE = (
+  '(loss_fn, params, rho, *, normalization=normalization, ord=2, steps=20,'
+  ' step_rule=StepRule, restarts=1, key=None, mask=None,'
+  ' perturbed_dtype=float32,'
+)
+# Of a default that is no literal, the name of the function or class.
 SIGNATURES = {
   optax_asam.asam: (
     '(base_tx, rho=0.5, eta=0.01, adaptive=True, *, ord=2, mask=None,'
@@ -28,16 +42,14 @@ SIGNATURES = {
     '(ascent, descent=None, *, ascent_steps=1, every_k=1, when=None,'
     ' axis_name=None, perturbed_dtype=None)'
   ),
-  optax_asam.value_and_grad: (
-    '(fun, argnums=0, has_aux=False, *, rho=0.5, eta=0.01, adaptive=True,'
-    ' ord=2, mask=None, ascent_steps=1, descent=None, perturbed_dtype=None,'
-    ' ascent_fun=None)'
+  optax_asam.value_and_grad: '(fun, argnums=0, has_aux=False, *,' + OPTIONS,
+  optax_asam.grad: '(fun, argnums=0, has_aux=False, *,' + OPTIONS,
+  optax_asam.nnx.value_and_grad: '(f, argnums=0, has_aux=False, *,' + OPTIONS,
+  optax_asam.nnx.grad: '(f, argnums=0, has_aux=False, *,' + OPTIONS,
+  optax_asam.equinox.filter_value_and_grad: (
+    '(fun, *, has_aux=False,' + OPTIONS
   ),
-  optax_asam.grad: (
-    '(fun, argnums=0, has_aux=False, *, rho=0.5, eta=0.01, adaptive=True,'
-    ' ord=2, mask=None, ascent_steps=1, descent=None, perturbed_dtype=None,'
-    ' ascent_fun=None)'
-  ),
+  optax_asam.equinox.filter_grad: '(fun, *, has_aux=False,' + OPTIONS,
   optax_asam.momentum_asam: (
     '(base_tx, rho=2.0, eta=0.01, adaptive=True, *, ord=2, mask=None,'
     ' momentum=None)'
@@ -54,7 +66,44 @@ SIGNATURES = {
   normalization.layerwise: '(eta=0.01, mask=not_bias)',
   normalization.not_bias: '(params)',
   normalization.normalization_layers: '(params)',
+  sharpness.worst_case: WORST_CASE + ' batches=None, unroll=1)',
+  sharpness.worst_perturbation: WORST_CASE + ' unroll=1)',
+  sharpness.average_case: (
+    '(loss_fn, params, rho, key, *, normalization=normalization,'
+    " distribution='normal', ord=2, samples=100, mask=None,"
+    ' perturbed_dtype=float32, batches=None)'
+  ),
+  sharpness.max_hessian_eigenvalue: (
+    '(loss_fn, params, key, *, normalization=normalization, steps=50,'
+    ' mask=None, perturbed_dtype=float32, batches=None)'
+  ),
+  sharpness.loss_along: (
+    '(loss_fn, params, *axes, perturbed_dtype=float32, batches=None)'
+  ),
+  sharpness.fixed_steps: '(size=0.25)',
+  sharpness.apgd_steps: '()',
+  sharpness.StepRule: '(momentum, init, update)',
+  plotting.loss_curve: (
+    '(ax, t, losses, *, color=None, label=None, linewidth=2.0)'
+  ),
+  plotting.loss_contours: (
+    "(ax, t1, t2, losses, *, levels=16, cmap='viridis')"
+  ),
+  plotting.tidy: '(*axes)',
 }
+
+
+class Name(str):
+  """A string that is shown without quotes."""
+
+  __repr__ = str.__str__
+
+
+def literal(default):
+  """A default that can be compared as text."""
+  if default is None or isinstance(default, (bool, int, float, str)):
+    return default
+  return Name(getattr(default, '__name__', type(default).__name__))
 
 
 @pytest.mark.parametrize(
@@ -62,15 +111,17 @@ SIGNATURES = {
 )
 def test_signature(function):
   """Names, order, kinds and defaults of the arguments."""
+  empty = inspect.Parameter.empty
   parameters = [
-    parameter.replace(annotation=inspect.Parameter.empty)
+    parameter.replace(
+      annotation=empty,
+      default=empty
+      if parameter.default is empty
+      else literal(parameter.default),
+    )
     for parameter in inspect.signature(function).parameters.values()
   ]
-  signature = str(inspect.Signature(parameters))
-  if parameters and callable(parameters[-1].default):
-    default = parameters[-1].default
-    signature = signature.replace(repr(default), default.__name__)
-  assert signature == SIGNATURES[function]
+  assert str(inspect.Signature(parameters)) == SIGNATURES[function]
 
 
 def test_names():
@@ -96,6 +147,17 @@ def test_names():
     *optax_asam.SharpnessAwareState._fields,
     'direction',
   )
+  assert optax_asam.MomentumASAMState._fields == (
+    'perturbation',
+    'momentum',
+    'rho_state',
+    'base_state',
+  )
+  assert set(sharpness.__all__) == {
+    f.__name__
+    for f in SIGNATURES
+    if f.__module__.startswith(sharpness.__name__)
+  }
 
 
 @pytest.mark.parametrize('name', ['equinox', 'nnx', 'plotting'])

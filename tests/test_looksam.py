@@ -110,14 +110,6 @@ def test_state(params):
   assert jax.tree.structure(other) == jax.tree.structure(init)
 
 
-def test_updates_in_between_compute_no_perturbation(params):
-  """Only the state of the ascent is computed outside the conditional."""
-  tx = looksam(optax.identity(), optax.linear_schedule(0, 1, 9))
-  step = lambda p, s: tx.update(p, s, p, grad_fn=lambda p: p)
-  program = jax.jit(step).lower(params, tx.init(params)).as_text('hlo')
-  assert 'sqrt(' not in program[program.index('ENTRY') :]
-
-
 PASS_ON = looksam(optax.identity(), RHO, every_k=2, alpha=ALPHA)
 
 

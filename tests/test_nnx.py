@@ -211,9 +211,12 @@ def descend(network, grads):
   nnx.update(network, jax.tree.map(lambda w, g: w - 0.1 * g, params, grads))
 
 
-@pytest.mark.parametrize('on_part', [False, True])
-def test_several_arguments(on_part):
-  """A module in part, an array and two modules in a list share one norm.
+@pytest.mark.parametrize(
+  ('on_part', 'mask'),
+  [(False, None), (True, None), (False, (True, False, True))],
+)
+def test_several_arguments(on_part, mask):
+  """A module in part, an array and two modules in a list share norm and mask.
 
   The two share a variable, which counts once. Keys may be an argument of their
   own; both passes draw the same.
@@ -251,7 +254,7 @@ def test_several_arguments(on_part):
 
   kernel = nnx.DiffState(0, nnx.PathContains('kernel'))
   value, grads = optax_asam.nnx.value_and_grad(
-    loss_fn, (kernel, 2, 3), ascent_fun=ascent_fun
+    loss_fn, (kernel, 2, 3), mask=mask, ascent_fun=ascent_fun
   )(first, rngs, scale, [second, third])
 
   params = (
@@ -263,7 +266,7 @@ def test_several_arguments(on_part):
     ),
   )
   expected = optax_asam.value_and_grad(
-    pure_loss_fn, ascent_fun=pure_ascent_fun
+    pure_loss_fn, mask=mask, ascent_fun=pure_ascent_fun
   )(params)
   assert error([nnx.state(module) for module in modules], before) == 0
   assert isinstance(grads, tuple)
@@ -285,33 +288,15 @@ def model():
   return model
 
 
-@pytest.mark.parametrize('option', OPTIONS)
-def test_options(model, option):
-  """Each is handed on: the same as the plain function of split parameters."""
-  options = OPTIONS[option]
-  graphdef, params = nnx.split(model)
-  x = jnp.eye(3)
+def test_options(model):
+  """All of them at once, in a decorator: the same as the plain function.
 
-  def pure_loss_fn(params):
-    return small_loss_fn(nnx.merge(graphdef, params), x)
-
-  expected = optax_asam.value_and_grad(pure_loss_fn, **options)(params)
-  result = optax_asam.nnx.value_and_grad(small_loss_fn, **options)(model, x)
-  # As a decorator, which NNX's own can be.
-  grads = optax_asam.nnx.grad(**options)(small_loss_fn)(model, x)
-
-  assert error(result, expected) < 1e-6
-  assert error(grads, expected[1]) < 1e-6
-  if options:
-    default = optax_asam.nnx.grad(small_loss_fn)(model, x)
-    assert error(grads, default) > 1e-4
-
-
-def test_options_with_ascent_fun(model):
-  """All of them at once: the same as the plain function."""
+  That each of them reaches it shows in ``test_errors.py``.
+  """
   options = {
     name: value for each in OPTIONS.values() for name, value in each.items()
   }
+  options['rho'] = 1.0
   graphdef, params = nnx.split(model)
   half_loss_fn = lambda model, x: small_loss_fn(model, x[:1])
 
@@ -321,12 +306,11 @@ def test_options_with_ascent_fun(model):
   expected = optax_asam.value_and_grad(
     pure(small_loss_fn), ascent_fun=pure(half_loss_fn), **options
   )(params)
-  result = optax_asam.nnx.value_and_grad(
-    small_loss_fn, ascent_fun=half_loss_fn, **options
-  )(model, jnp.eye(3))
-  grads = optax_asam.nnx.grad(
-    small_loss_fn, ascent_fun=half_loss_fn, **options
-  )(model, x=jnp.eye(3))
+  options['ascent_fun'] = half_loss_fn
+  result = optax_asam.nnx.value_and_grad(**options)(small_loss_fn)(
+    model, jnp.eye(3)
+  )
+  grads = optax_asam.nnx.grad(**options)(small_loss_fn)(model, x=jnp.eye(3))
   assert error(result, expected) < 1e-6
   assert error(grads, expected[1]) < 1e-6
   assert error(nnx.state(model), params) == 0
@@ -417,6 +401,15 @@ def test_errors(model, arguments, message):
   """Name the argument, and what to write instead."""
   with pytest.raises(TypeError, match=message):
     optax_asam.nnx.grad(**{'f': small_loss_fn, **arguments})(model, jnp.eye(3))
+
+
+@pytest.mark.skipif(
+  not hasattr(nnx, 'set_graph_updates'), reason='earlier Flax accepts it'
+)
+def test_bound_method_is_an_error(model):
+  """That of Flax: what is differentiated would not be an argument."""
+  with pytest.raises(ValueError, match='bound method'):
+    optax_asam.nnx.grad(model.__call__)
 
 
 @pytest.mark.parametrize('wrap', [lambda m: m, lambda m: (m,), lambda m: [m]])

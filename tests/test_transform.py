@@ -3,6 +3,7 @@
 Where and when it is taken: the trajectories of test_laws.py.
 """
 
+import re
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ import pytest
 from optax_asam import SharpnessAwareState
 from optax_asam import asam
 from optax_asam import ascent
+from optax_asam import looksam
 from optax_asam import sharpness_aware
 from tests.helpers import reference
 from tests.helpers.reference import polynomial
@@ -57,14 +59,35 @@ def test_when(params):
   assert error(base, updates) < 1e-6
 
 
-@pytest.mark.parametrize('every_k', [1, 2])
-def test_skipped_updates_compute_no_perturbation(params, every_k):
+@pytest.mark.parametrize(
+  ('wrap', 'every_k'), [(asam, 1), (asam, 2), (looksam, 2)]
+)
+def test_skipped_updates_compute_no_perturbation(params, wrap, every_k):
   """Of the ascent, only the state is computed outside the conditional."""
-  tx = asam(optax.identity(), optax.linear_schedule(0, 1, 9), every_k=every_k)
+  tx = wrap(optax.identity(), optax.linear_schedule(0, 1, 9), every_k=every_k)
   step = lambda p, s: tx.update(p, s, p, grad_fn=lambda p: p)
   program = jax.jit(step).lower(params, tx.init(params)).as_text('hlo')
   entry = program[program.index('ENTRY') :]
   assert ('sqrt(' in entry) == (every_k == 1)
+
+
+@pytest.mark.parametrize('wrap', [asam, looksam])
+def test_vmap(params, wrap):
+  """Skipped updates save their second gradient if ``step`` is not mapped."""
+  tx = wrap(SGD, every_k=2)
+  mapped = jax.tree.map(lambda w: jnp.stack([w, w]), (params, tx.init(params)))
+  step = lambda p, s: tx.update(p, s, p, grad_fn=GRAD_FN)
+
+  def has_cond(axis_of_step):
+    is_step = lambda x: jnp.issubdtype(x.dtype, jnp.integer)
+    carry = jax.tree.map(
+      lambda x: x[0] if is_step(x) and axis_of_step is None else x, mapped
+    )
+    axes = jax.tree.map(lambda x: axis_of_step if is_step(x) else 0, mapped)
+    return 'cond[' in str(jax.make_jaxpr(jax.vmap(step, axes))(*carry))
+
+  assert has_cond(None)
+  assert not has_cond(0)
 
 
 def test_one_count(params):
@@ -92,14 +115,13 @@ def test_arguments_of_value_fn(params):
 
 
 @pytest.mark.parametrize('ascent_steps', [1, 2])
-@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float32])
-def test_grad_fn_of_any_floating_dtype(params, ascent_steps, dtype):
+def test_grad_fn_of_any_floating_dtype(params, ascent_steps):
   """Its result is cast to the dtypes of ``grads``."""
   params = optax.tree.cast(params, jnp.bfloat16)
   tx = sharpness_aware(
     ascent.rho_ball(0.5, 0.01, True), ascent_steps=ascent_steps
   )
-  grad_fn = lambda p: optax.tree.cast(GRAD_FN(p), dtype)
+  grad_fn = lambda p: optax.tree.cast(GRAD_FN(p), jnp.float32)
   grads, state = GRAD_FN(params), tx.init(params)
   got, _ = tx.update(grads, state, params, grad_fn=grad_fn)
   expected, _ = tx.update(grads, state, params, grad_fn=GRAD_FN)
@@ -140,7 +162,8 @@ def test_gradients_are_unrolled(params):
   """No loop in the compiled step, however many gradients it takes."""
   tx = asam(optax.sgd(0.1), ascent_steps=3)
   step = lambda p, s: tx.update(GRAD_FN(p), s, p, grad_fn=GRAD_FN)
-  assert 'while' not in str(jax.make_jaxpr(step)(params, tx.init(params)))
+  jaxpr = str(jax.make_jaxpr(step)(params, tx.init(params)))
+  assert not re.search(r'\b(while|scan)\[', jaxpr)
 
 
 @pytest.mark.parametrize('every_k', [1, 2])

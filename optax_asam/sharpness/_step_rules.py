@@ -51,10 +51,10 @@ def fixed_steps(size: float = 0.25) -> StepRule:
     >>> import jax.numpy as jnp
     >>> from optax_asam import sharpness
     >>> rise = sharpness.worst_case(
-    ...     lambda params: jnp.cos(params).sum(), jnp.ones(2), 0.1,
-    ...     step_rule=sharpness.fixed_steps(0.1))
+    ...     lambda params: jnp.cos(params).sum(), jnp.arange(3.0), 1.0,
+    ...     steps=2, step_rule=sharpness.fixed_steps(0.1))
     >>> print(f'{rise:.3f}')
-    0.117
+    1.714
   """
   _checks.check_scale('size', size, '0.25')
 

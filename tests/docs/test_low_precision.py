@@ -13,6 +13,7 @@ import pytest
 
 from optax_asam import asam
 from tests.helpers import pages
+from tests.helpers.support import perturbed_point
 
 PAGE = pages.read_page('low_precision')
 SIZES = (10**4, 10**6, pytest.param(10**8, marks=pytest.mark.slow))
@@ -56,16 +57,9 @@ def exact_perturbation(params, grads):
 
 def realized_perturbation(params, grads, perturbed_dtype, compute_dtype):
   """What the loss sees at w + eps, minus what it sees at w, in chunks."""
-
-  @jax.jit
-  def perturbed(params, grads):
-    seen = []
-    tx = asam(optax.sgd(0.1), rho=RHO, eta=ETA, perturbed_dtype=perturbed_dtype)
-    grad_fn = lambda params: seen.append(params) or params
-    tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
-    return optax.tree.cast(seen[0], compute_dtype)
-
-  after = perturbed(params, grads)
+  tx = asam(optax.sgd(0.1), rho=RHO, eta=ETA, perturbed_dtype=perturbed_dtype)
+  after, _ = perturbed_point(tx, params, grads)
+  after = optax.tree.cast(after, compute_dtype)
   before = optax.tree.cast(params, compute_dtype)
   return (a - b for a, b in zip(chunks(after), chunks(before), strict=True))
 

@@ -1,6 +1,7 @@
 """Promise: the README's programs run and its numbers are in the results."""
 
 import json
+import re
 
 import equinox as eqx
 from flax import nnx
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from experiments.paper import tables
 import optax_asam
 import optax_asam.equinox
 import optax_asam.nnx
@@ -15,6 +17,7 @@ from tests.helpers import pages
 from tests.helpers.support import error
 
 README = (pages.ROOT / 'README.md').read_text()
+TEXT = ' '.join(README.split())
 BATCH = jnp.ones((4, 3)), jnp.zeros((4, 2))
 
 
@@ -110,10 +113,15 @@ def test_momentum_asam(params):
   assert error(clean, params) < 1e-2
 
 
+def read(name):
+  """Committed results."""
+  return json.loads((pages.ROOT / name).read_text())
+
+
 def test_table():
   """Every number of the demo's table is in the committed results."""
   name = 'experiments/results/demo/results.json'
-  recorded = json.loads((pages.ROOT / name).read_text())
+  recorded = read(name)
   assert recorded['complete']
   assert not recorded['commit'].endswith('dirty')
   expected = []
@@ -134,20 +142,64 @@ def test_table():
     best = result['oracle_best_epoch_held_out_accuracy']['mean']
     assert f'{100 * best:.1f} %' in README
   assert pages.read_rows(pages.marked(README, name)) == expected
+  sgd, *others = (
+    result['test_accuracy']['mean']
+    for result in recorded['optimizers'].values()
+  )
+  gains = {f'{100 * (accuracy - sgd):.0f}' for accuracy in others}
+  assert gains == set(re.findall(r'gain about (\S+) points over SGD', TEXT))
+
+
+def budget():
+  """Methods on 2,000 images, and their results."""
+  name = 'experiments/results/budget/results.json'
+  methods = read(name)['tasks']['vit-2000']['methods']
+  return {name: method['summary'] for name, method in methods.items()}
 
 
 def test_caption():
   """The accuracies and losses that the caption of the picture compares."""
-  name = 'experiments/results/budget/results.json'
-  recorded = json.loads((pages.ROOT / name).read_text())
-  methods = recorded['tasks']['vit-2000']['methods']
   for quantity, text in (
     ('test_accuracy', '{1:.1%}, compared with {0:.1%} for the tuned base'),
     ('test_loss', 'a test loss of {1:.2f}, compared with {0:.2f}'),
   ):
     means = (
-      methods[method]['summary'][quantity]['mean']
+      budget()[method][quantity]['mean']
       for method in ('base_tuned', 'asam_tuned')
     )
     expected = text.format(*means).replace('%', ' %')
-    assert expected in ' '.join(README.split())
+    assert expected in TEXT
+
+
+def span(values):
+  """The smallest and the largest value, in words."""
+  ends = [f'{end:.1f}' for end in (min(values), max(values))]
+  return ends[0] if ends[0] == ends[1] else ' to '.join(ends)
+
+
+def test_limitations():
+  """Step times and gains, and the accuracies in the paper."""
+  times = [
+    row['step_over_base']
+    for row in read('benchmarks/results/step_time.json')['rows']
+    if row['method'] in ('sam', 'asam', 'value_and_grad')
+  ]
+  assert f'twice the time of one ({span(times)} times in' in TEXT
+
+  def gains(*methods):
+    accuracies = {
+      name: 100 * summary['test_accuracy']['mean']
+      for name, summary in budget().items()
+    }
+    return span([accuracies[method] - accuracies['base'] for method in methods])
+
+  single, tuned = re.search(
+    r'clean images does gain (.+) points, and (.+?)(?: points)? with the weight'
+    ' decay tuned',
+    TEXT,
+  ).groups()
+  assert single in (gains('sam', 'asam'), gains('sam', 'asam', 'momentum_asam'))
+  assert tuned in (gains('sam_tuned', 'asam_tuned'), gains('asam_tuned'))
+
+  sgd, _, asam = tables.PUBLISHED_NOISE[80]
+  assert f'80 % label noise ({asam} % compared with {sgd} %)' in TEXT

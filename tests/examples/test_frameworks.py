@@ -346,23 +346,6 @@ def test_docs_show_the_examples():
   assert all('every_k' in code for code in missing)
 
 
-@functools.cache
-def losses(make_program):
-  """Losses of five steps without dropout."""
-  program = make_program(0.0)
-  state, losses = program.start(make_weights()), []
-  for batch in make_batches(5):
-    state, loss = program.step(state, batch, jax.random.key(0))
-    losses.append(float(loss))
-  return losses
-
-
-@pytest.mark.parametrize('make_program', PROGRAMS[1:])
-def test_same_network_gives_the_same_losses(x64, make_program):
-  """In every framework: biases have other names, but are known."""
-  np.testing.assert_allclose(losses(make_program), losses(linen), rtol=1e-10)
-
-
 @pytest.mark.parametrize(
   'module',
   [
@@ -385,3 +368,26 @@ def test_fine_tuning(capsys):
   accuracies = re.findall(r'(\S+)%', capsys.readouterr().out)
   before, head, lora = map(float, accuracies)
   assert min(head, lora) > before + 40
+
+
+def test_steps_of_fine_tuning(monkeypatch):
+  """They are ASAM's of the head alone, and of low-rank updates alone."""
+  monkeypatch.setattr(optax, 'adam', lambda _: optax.sgd(1.0))
+  params = fine_tune.init(jax.random.key(0))
+  rng = np.random.default_rng(0)
+  batch = rng.normal(size=(16, 64)), rng.integers(0, 5, 16)
+
+  def descend(loss_fn, params):
+    grads = jax.grad(loss_fn)(params)
+    grads = jax.grad(loss_fn)(reference.perturb(params, grads))
+    return jax.tree.map(lambda w, g: w - g, params, grads)
+
+  head_loss_fn = lambda head: fine_tune.loss_fn(params | head, *batch)
+  head = descend(head_loss_fn, {'dense_2': params['dense_2']})
+  got = fine_tune.fine_tune_head(params, *batch, 1)
+  assert error(got, params | head) < 1e-5
+
+  lora_loss_fn = lambda lora: fine_tune.lora_loss_fn(lora, params, *batch)
+  lora = descend(lora_loss_fn, fine_tune.init_lora(jax.random.key(1), params))
+  got = fine_tune.fine_tune_lora(params, *batch, 1)
+  assert error(got, fine_tune.add_lora(params, lora)) < 1e-5

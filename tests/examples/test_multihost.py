@@ -1,6 +1,8 @@
 """Promise: several processes compute what one does, and resume from a kill."""
 
+import contextlib
 import functools
+import io
 import pathlib
 import re
 import signal
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 
 from examples import multihost
+from tests.helpers import reference
 from tests.helpers.support import assert_same_bits
 from tests.helpers.support import error
 from tests.helpers.support import program_env
@@ -24,21 +27,55 @@ STEPS = 12
 OPTIONS = [f'--steps={STEPS}', '--checkpoint-every=5', '--batch-size=32']
 
 
-def train(folder):
+def train(folder, *options):
   """The state after training in this process, on its eight devices."""
-  args = multihost.parse([f'--checkpoint-dir={folder}', *OPTIONS])
+  args = multihost.parse([f'--checkpoint-dir={folder}', *OPTIONS, *options])
   return multihost.train(args)
 
 
 @functools.cache
+def whole_run():
+  """The state after training without an interruption, and what is printed."""
+  printed = io.StringIO()
+  with (
+    tempfile.TemporaryDirectory() as folder,
+    contextlib.redirect_stdout(printed),
+  ):
+    return train(folder), printed.getvalue()
+
+
 def uninterrupted():
   """The state after training without an interruption."""
-  with tempfile.TemporaryDirectory() as folder:
-    return train(folder)
+  return whole_run()[0]
+
+
+def test_step_is_asam(tmp_path, monkeypatch):
+  """The first one, on the first batch: two passes and NumPy between them."""
+  batches = []
+
+  def read_batches(*args):
+    for batch in read(*args):
+      batches.append(batch)
+      yield batch
+
+  read = multihost.read_batches
+  monkeypatch.setattr(multihost, 'read_batches', read_batches)
+  got = train(tmp_path, '--steps=1').params
+  (batch,) = batches
+  assert batch[0].shape == (32, 64)
+  params = multihost.init_params(jax.random.key(0))
+  grad_fn = jax.jit(jax.grad(multihost.loss_fn))
+  grads = grad_fn(params, batch)
+  grads = grad_fn(reference.perturb(params, grads), batch)
+  moved = jax.tree.map(lambda a, b: (b - np.asarray(a)) / 0.05, got, params)
+  assert error(moved, jax.tree.map(np.asarray, grads)) < 1e-4
 
 
 def test_learns_on_shards():
-  """Parameters and momentum are split over the devices where they can be."""
+  """The loss falls; parameters and momentum are split where they can be."""
+  losses = re.findall(r'loss (\S+)', whole_run()[1])
+  assert len(losses) == STEPS
+  assert float(losses[-1]) < 0.7 * float(losses[0])
   assert int(uninterrupted().step) == STEPS
   kernels = [x for x in jax.tree.leaves(uninterrupted()) if x.ndim == 2]
   assert len(kernels) == 6  # of three layers, and their momentum
@@ -48,7 +85,7 @@ def test_learns_on_shards():
 
 def test_preempted(tmp_path, monkeypatch, capsys):
   """SIGTERM saves a checkpoint, from which the run ends with the same bits."""
-  expected = uninterrupted()  # It prints its steps, if it is run here.
+  expected = uninterrupted()
   manager = multihost.ocp.CheckpointManager
   with monkeypatch.context() as preempted:
     preempted.setattr(manager, 'reached_preemption', lambda _, step: step == 7)

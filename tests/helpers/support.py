@@ -84,6 +84,24 @@ def run(
   return jax.jit(lambda c: jax.lax.scan(step, c, length=steps))(carry)
 
 
+def perturbed_point(
+  tx: optax.GradientTransformationExtraArgs, params: PyTree, grads: PyTree
+) -> tuple[PyTree, PyTree]:
+  """Where ``tx`` takes its second gradient, and its updates.
+
+  That gradient is the point itself.
+  """
+
+  @jax.jit
+  def step(params, grads):
+    seen = []
+    grad_fn = lambda p: seen.append(p) or p
+    updates, _ = tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
+    return seen[0], updates
+
+  return step(params, grads)
+
+
 def program_env(cache: pathlib.Path) -> dict[str, str]:
   """The environment of a program on one device that starts fast.
 
