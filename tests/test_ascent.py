@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import optimize
 
 from optax_asam import ascent
 from optax_asam import normalization
@@ -91,6 +92,27 @@ def test_reference(x64, p, name):
       params, grads, operator, 1.0, p, MASKS[normalized][1], MASKS[perturbed][1]
     )
     assert error(eps, nested(expected)) < 1e-12, (normalized, perturbed)
+
+
+@pytest.mark.parametrize('p', [2, 3, 1.5])
+def test_maximum(x64, p):
+  """SciPy finds the same maximum of <g, eps> over ||eps / T||_p <= rho."""
+  w, g = np.random.default_rng(1).standard_normal((2, 4))
+  t = np.abs(w) + 0.1
+  found = optimize.minimize(
+    lambda eps: -g @ eps,
+    0.05 * t * np.sign(g),
+    constraints={
+      'type': 'ineq',
+      'fun': lambda eps: 0.5 - np.linalg.norm(eps / t, p),
+    },
+    method='SLSQP',
+    options={'ftol': 1e-12, 'maxiter': 500},
+  )
+  tx = ascent.rho_ball(0.5, 0.1, True, ord=p)
+  eps = perturb(tx, jnp.asarray(w), jnp.asarray(g))
+  np.testing.assert_allclose(g @ eps, -found.fun, rtol=1e-6)
+  np.testing.assert_allclose(eps, found.x, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize('p', ORDS)
