@@ -11,29 +11,20 @@ import numpy as np
 CIFAR_SHAPE = (32, 32, 3)
 
 
-def read_idx(content: bytes, ndim: int) -> np.ndarray:
+def read_idx(content: bytes) -> np.ndarray:
   """Reads an IDX file of unsigned bytes, the format of MNIST.
 
   Args:
-    content: The file: two zeros, 8 for unsigned bytes, the number of
-      dimensions, each of them as a big-endian uint32, and the array.
-    ndim: The required number of dimensions.
+    content: The file, whose checksum was right: four bytes, the last of them
+      the number of dimensions, each of these as a big-endian uint32, and the
+      array.
 
   Returns:
     uint8, read-only, in the shape that the header gives.
-
-  Raises:
-    ValueError: It is another format, or its size is not what the header says.
   """
-  magic, header_size = bytes([0, 0, 8, ndim]), 4 + 4 * ndim
-  if content[:4] != magic or len(content) < header_size:
-    raise ValueError(
-      f'it must start with {magic.hex()} and {ndim} dimensions, but starts with'
-      f' {content[:4].hex() or "nothing"} and has {len(content)} bytes'
-    )
-  shape = np.frombuffer(content, '>u4', ndim, offset=4).tolist()
-  check_size(content, header_size + math.prod(shape))
-  return np.frombuffer(content, np.uint8, offset=header_size).reshape(shape)
+  ndim = content[3]
+  shape = np.frombuffer(content, '>u4', ndim, offset=4)
+  return np.frombuffer(content, np.uint8, offset=4 + 4 * ndim).reshape(shape)
 
 
 def read_cifar(
@@ -55,15 +46,11 @@ def read_cifar(
     ValueError: Its size is wrong.
   """
   record_size = num_label_bytes + math.prod(CIFAR_SHAPE)
-  check_size(content, num_records * record_size)
+  size = num_records * record_size
+  if len(content) != size:
+    raise ValueError(f'it must have {size} bytes, but has {len(content)}')
   records = np.frombuffer(content, np.uint8).reshape(num_records, record_size)
   height, width, channels = CIFAR_SHAPE
   planes = records[:, num_label_bytes:].reshape(-1, channels, height, width)
   images = np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
   return images, records[:, num_label_bytes - 1]
-
-
-def check_size(content: bytes, size: int) -> None:
-  """Raises a ValueError unless ``content`` has ``size`` bytes."""
-  if len(content) != size:
-    raise ValueError(f'it must have {size} bytes, but has {len(content)}')

@@ -149,7 +149,7 @@ def read_idx(source: Idx, data_dir: Path | None) -> tuple[Part, Part]:
     archives.DataError: A file is missing or damaged.
   """
 
-  def read(file, ndim):
+  def read(file):
     path = archives.find(
       file.archive,
       data_dir,
@@ -157,13 +157,10 @@ def read_idx(source: Idx, data_dir: Path | None) -> tuple[Part, Part]:
       system_dir=source.system_dir,
     )
     with archives.explaining(path, file.archive):
-      array = formats.read_idx(archives.read(path, file.md5), ndim)
-      if ndim == 1:
-        check_labels(array, source.num_classes)
-    return array
+      return formats.read_idx(archives.read(path, file.md5))
 
   train, test = (
-    (read(images, 3)[..., None], read(labels, 1).astype(np.int32))
+    (read(images)[..., None], read(labels).astype(np.int32))
     for images, labels in (source.train, source.test)
   )
   return train, test

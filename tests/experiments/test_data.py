@@ -19,7 +19,6 @@ import pytest
 from experiments import data
 from experiments.data import archives
 from experiments.data import augmentation
-from experiments.data import formats
 from experiments.data import sources
 from tests.helpers.support import tar_gz
 
@@ -190,23 +189,6 @@ def test_damaged(small, tmp_path, name, form, file, damages):
     for word in (str(folder), Path(file).name, 'http://localhost:1/'):
       assert word in message
     assert '\n' not in message
-
-
-@pytest.mark.parametrize(
-  ('content', 'words'),
-  [
-    (b'', 'starts with nothing and has 0 bytes'),
-    (bytes([0, 0, 9, 2, *[0] * 8]), 'starts with 00000902'),
-    (idx(np.zeros((2, 3)))[:-1], 'must have 18 bytes, but has 17'),
-    (bytes([0, 0, 8, 2, *[255] * 8]), 'must have 18446744065119617037 bytes'),
-  ],
-)
-def test_bad_format(content, words):
-  """Whatever is wrong with a file is said, without checksums."""
-  with pytest.raises(ValueError, match=words):
-    formats.read_idx(content, 2)
-  with pytest.raises(ValueError, match=f'6146 bytes, but has {len(content)}'):
-    formats.read_cifar(content, 2, 1)
 
 
 @pytest.fixture

@@ -270,10 +270,9 @@ def test_unusable_files(
 
 
 @pytest.mark.parametrize(
-  ('method', 'least'),
-  [('probe', 0.4), pytest.param('base', 0.2, marks=pytest.mark.slow)],
+  'method', ['probe', pytest.param('base', marks=pytest.mark.slow)]
 )
-def test_program(installed, tmp_path, monkeypatch, capsys, method, least):
+def test_program(installed, tmp_path, monkeypatch, capsys, method):
   """It trains on images, and leaves the results of other tasks alone."""
   del installed
   write_images(tmp_path / 'cells', 540)
@@ -291,7 +290,8 @@ def test_program(installed, tmp_path, monkeypatch, capsys, method, least):
   results = json.loads(before)
   assert results['config']['versions'][cells.PACKAGE] == cells.VERSION
   (run,) = results['tasks']['cells-500']['methods'][method]['runs']
-  assert run['test_balanced_accuracy'] > least
+  if method == 'probe':  # Random weights do not learn much in 16 steps.
+    assert run['test_balanced_accuracy'] > 0.4
   with pytest.raises(data.DataError, match='pip install --no-deps elpv'):
     fine_tuning_images.fetch(None)
   # Nothing of e-mails is needed to refuse the folder.
