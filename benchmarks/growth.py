@@ -259,7 +259,7 @@ def table(results: Mapping[str, Any]) -> str:
     if cost in SENT:
       ends = [f'{own[i] - two[i]:.0f}' for i in (first, -1)]
     else:
-      ends = [f'{100 * (own[i] / two[i] - 1):z.0f} %' for i in (first, -1)]
+      ends = [f'{100 * (own[i] / two[i] - 1):z.0f}%' for i in (first, -1)]
     rows.append(
       [
         f'{sizes[0]:,.0f} to {sizes[-1]:,.0f} {name}',

@@ -183,7 +183,7 @@ def chart(recorded: Mapping[str, Mapping[str, Any]]) -> Figure:
       panel.set_visible(False)
     line[0].set_ylabel(results['machine'])
   figure.supxlabel(
-    "Time of a step over that of the framework's base optimizer (95 % interval)"
+    "Time of a step over that of the framework's base optimizer (95% interval)"
   )
   return figure
 

@@ -89,7 +89,7 @@ def interleave(
 
 
 def ratio(times: np.ndarray, base: np.ndarray) -> tuple[float, float, float]:
-  """The median over rounds of the ratio, and its 95 % bootstrap interval."""
+  """The median over rounds of the ratio, and its 95% bootstrap interval."""
   ratios = times / base
   rng = np.random.default_rng(0)
   resampled = rng.choice(ratios, (2000, len(ratios)))

@@ -223,7 +223,7 @@ def added_table(cases: Sequence[Mapping[str, Any]]) -> str:
         case['step'],
         *collectives,
         f'{temporaries:+.2f}',
-        f'{100 * ratio:+.1f} %',
+        f'{100 * ratio:+.1f}%',
       ]
     )
   return markdown.table(rows, text_columns=3)

@@ -109,7 +109,7 @@ def _names(path: Any) -> list[Any]:
 def normalization_layers(params: optax.Params) -> Any:
   """Selects the parameters of normalization layers, for the argument ``mask``.
 
-  SAM-ON perturbs only these, about 0.1 % of all parameters. In its authors'
+  SAM-ON perturbs only these, about 0.1% of all parameters. In its authors'
   experiments, this generalizes as well as perturbing all parameters, or better.
 
   A leaf is selected if it is named ``scale``, ``bias``, ``offset``, ``gamma``,

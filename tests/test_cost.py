@@ -34,7 +34,7 @@ from tests.helpers.support import SHARDY
 SGD = optax.sgd(0.1, momentum=0.9)
 LAYERS, WIDTH = 8, 64
 # The XLA of JAX 0.4.38 writes T g once more than in the step by hand, which is
-# 9 % of the bytes here.
+# 9% of the bytes here.
 FUSES_ALIKE = jax.__version_info__ >= (0, 7)
 STEEPEST = optax.chain(
   ascent.steepest_ascent(normalization.elementwise()), optax.scale(0.5)

@@ -137,7 +137,7 @@ def momentum(run: Run, rho: chex.Numeric, other: chex.Numeric) -> Tx:
 
 
 def late(run: Run, rho: chex.Numeric, other: chex.Numeric) -> Tx:
-  """ASAM in the last 20 % of training."""
+  """ASAM in the last 20% of training."""
   del other
   first = 0.8 * run.num_steps
   return optax_asam.asam(
@@ -215,7 +215,7 @@ METHODS: dict[str, Method] = {
   'every_5': Method(
     'ASAM on every 5th step', make(optax_asam.asam, every_k=5), 1.2, ASAM
   ),
-  'late_20': Method('ASAM in the last 20 %', late, 1.2, ASAM),
+  'late_20': Method('ASAM in the last 20%', late, 1.2, ASAM),
   'looksam': Method(
     'LookSAM',
     make(optax_asam.looksam, 'alpha', every_k=5),

@@ -144,7 +144,7 @@ def train_missing(
       write()
       print(
         f'{task.title}: {smaller.train_size} images, {method}, rho'
-        f' {values[0]:g}: gap {100 * gap_of([found])[0]:.2f} % after'
+        f' {values[0]:g}: gap {100 * gap_of([found])[0]:.2f}% after'
         f' {time.perf_counter() - start:.0f} s',
         flush=True,
       )

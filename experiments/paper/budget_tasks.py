@@ -137,7 +137,7 @@ TASKS: dict[str, Task] = {
     'ViT, 2,000 images', VIT, fashion_mnist, train_size=2000, epochs=60
   ),
   'cnn-noise-40': Task(
-    'CNN, 10,000 images, 40 % label noise',
+    'CNN, 10,000 images, 40% label noise',
     CNN,
     fashion_mnist,
     train_size=10_000,

@@ -25,7 +25,7 @@ def make_task(
 ) -> budget_tasks.Task:
   """A task whose seeds draw their own examples, for about so many steps."""
   if label_noise:
-    title += f', {100 * label_noise:.0f} % label noise'
+    title += f', {100 * label_noise:.0f}% label noise'
   return budget_tasks.Task(
     title,
     recipe,

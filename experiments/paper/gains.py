@@ -111,7 +111,7 @@ def _raced() -> Iterator[Setting]:
 
 
 def _titled(title: str, noise: float) -> str:
-  return f'{title}, {100 * noise:g} % label noise' if noise else title
+  return f'{title}, {100 * noise:g}% label noise' if noise else title
 
 
 def table(found: Sequence[Setting]) -> str:

@@ -60,7 +60,7 @@ def interval(
   *,
   paired: bool = False,
 ) -> dict[str, float]:
-  """A statistic of samples and its 95 % bootstrap interval.
+  """A statistic of samples and its 95% bootstrap interval.
 
   Args:
     samples: Arrays, each resampled on its own or, if ``paired``, together.

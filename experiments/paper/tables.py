@@ -60,7 +60,7 @@ PUBLISHED_LAYERS = {
 
 # Rows of tables: title, and what the names of runs end with.
 NOISE = {
-  f'{percent} %': f'noise-{percent}' if percent else 'all'
+  f'{percent}%': f'noise-{percent}' if percent else 'all'
   for percent in PUBLISHED_NOISE
 }
 M_SHARPNESS = {'128, the batch': 'all', '32': 'm-32', '8': 'm-8'}
@@ -159,7 +159,7 @@ def study(results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     rows = []
     for result in results:
       model, lr, noise = _settings(result)
-      name = f'{model.upper()}, lr {lr:g}, {-100 * noise:g} %'
+      name = f'{model.upper()}, lr {lr:g}, {-100 * noise:g}%'
       rows.append([name, *(make_cell(result, method) for method in METHODS)])
     return reporting.markdown([title, 'SGD', 'SAM', 'ASAM'], rows)
 
@@ -187,7 +187,7 @@ def tables(results: Results) -> dict[str, str]:
     'noise, paper': reporting.markdown(
       ['paper: ResNet-32, label noise', 'SGD', 'SAM', 'ASAM'],
       [
-        [f'{percent} %', *(f'{x:.2f}' for x in accuracies)]
+        [f'{percent}%', *(f'{x:.2f}' for x in accuracies)]
         for percent, accuracies in PUBLISHED_NOISE.items()
       ],
     ),
@@ -298,7 +298,7 @@ def draw_study(results: Sequence[Mapping[str, Any]]) -> Figure:
       )
     low, high = axes.get_ylim()
     axes.set(
-      title=f'{model}, lr {lr:g}, label noise {-100 * noise:g} %',
+      title=f'{model}, lr {lr:g}, label noise {-100 * noise:g}%',
       xlim=(0, result['config']['epochs']),
       ylim=(max(0, low), min(1, high)),
     )

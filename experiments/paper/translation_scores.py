@@ -65,5 +65,5 @@ def resample(counts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def interval(scores: np.ndarray) -> list[float]:
-  """The 95 % interval of resampled scores, by their percentiles."""
+  """The 95% interval of resampled scores, by their percentiles."""
   return np.percentile(scores, [2.5, 97.5]).tolist()

@@ -21,7 +21,7 @@ from optax_asam import plotting
 
 
 def t_interval(values: Any) -> tuple[np.ndarray, np.ndarray]:
-  """Mean and half its 95 % t-interval over the last axis, the seeds.
+  """Mean and half its 95% t-interval over the last axis, the seeds.
 
   The half-width is NaN for a single seed.
   """
@@ -146,7 +146,7 @@ def print_results(console: Console, results: Mapping[str, Any]) -> None:
   console.print(f'\n{describe(config)}')
   console.print(table)
   console.print(
-    f'Last epoch, mean over {count_seeds(config)} ± half the 95 % t-interval.'
+    f'Last epoch, mean over {count_seeds(config)} ± half the 95% t-interval.'
     f' Loss and sharpness, L(w + eps) - L(w), are on the noisy training set;'
     f' eps is the steepest ascent step to the surface of a ball, the same ball'
     f' for all methods, for each {config["sharpness_batch_size"]:,} examples.'
@@ -194,7 +194,7 @@ def count_seeds(config: Mapping[str, Any]) -> str:
 
 def describe(config: Mapping[str, Any]) -> str:
   """Model, data set and label noise."""
-  noise = f'{100 * config["label_noise"]:g} %'
+  noise = f'{100 * config["label_noise"]:g}%'
   return f'{config["model"]} on {config["dataset"]}, {noise} label noise'
 
 
@@ -204,7 +204,7 @@ def label(name: str, rho: float) -> str:
 
 
 def plot_interval(axes: Axes, curve: Any, *, color: str, label: str) -> None:
-  """Plots the mean of a curve [epochs, seeds] and its 95 % interval."""
+  """Plots the mean of a curve [epochs, seeds] and its 95% interval."""
   mean, half_width = t_interval(curve)
   epochs = np.arange(1, len(mean) + 1)
   axes.plot(epochs, mean, color=color, label=label)
@@ -251,7 +251,7 @@ def draw(results: Mapping[str, Any]) -> Figure:
   accuracy_axes.legend()
   interrupted = '' if results['complete'] else ' (interrupted)'
   figure.suptitle(
-    f'{describe(config)}: mean and 95 % interval over {count_seeds(config)}'
+    f'{describe(config)}: mean and 95% interval over {count_seeds(config)}'
     f'{interrupted}'
   )
   return figure

@@ -225,12 +225,12 @@ def test_searches():
     ]
     assert shown == ', '.join(cells), title
     larger = [rho for rho in scores if rho > selected]
-    if '40 % noise' in title:
+    if '40% noise' in title:
       noisy += 1
       if larger and scores[larger[0]] < 0.2:
         assert larger[0] <= 2.5 * selected
         collapsed += 1
-      if title == 'MLP, 40 % noise':
+      if title == 'MLP, 40% noise':
         assert scores[larger[0]] > 0.95 * scores[selected]
       if name == 'momentum_asam':
         assert not larger
@@ -256,7 +256,7 @@ def test_defaults():
 
 
 def noise_40(results):
-  """The runs of SGD, SAM and ASAM with 40 % label noise, and their settings."""
+  """The runs of SGD, SAM and ASAM with 40% label noise, and their settings."""
   if 'tasks' not in results:
     assert results['config']['label_noise'] == 0.4
     return results['optimizers'], results['config']

@@ -140,7 +140,7 @@ def test_table():
       ]
     )
     best = result['oracle_best_epoch_held_out_accuracy']['mean']
-    assert f'{100 * best:.1f} %' in README
+    assert f'{100 * best:.1f}%' in README
   assert pages.read_rows(pages.marked(README, name)) == expected
   sgd, *others = (
     result['test_accuracy']['mean']
@@ -167,7 +167,7 @@ def test_caption():
       budget()[method][quantity]['mean']
       for method in ('base_tuned', 'asam_tuned')
     )
-    expected = text.format(*means).replace('%', ' %')
+    expected = text.format(*means)
     assert expected in TEXT
 
 
@@ -201,4 +201,4 @@ def test_limitations():
   assert tuned == gains('sam_tuned', 'asam_tuned')
 
   sgd, _, asam = tables.PUBLISHED_NOISE[80]
-  assert f'80 % label noise ({asam} % compared with {sgd} %)' in TEXT
+  assert f'80% label noise ({asam}% compared with {sgd}%)' in TEXT

@@ -68,8 +68,8 @@ def test_gains(tmp_path, capsys):
   accuracies = {
     row[0]: row[1:] for row in documents.read_rows(SHOWN['noise, CNN'])
   }
-  sgd, sam, asam = (float(cell.split(' ')[0]) for cell in accuracies['40 %'])
-  base, *cells, momentum = printed['CNN, 10,000 images, 40 % label noise']
+  sgd, sam, asam = (float(cell.split(' ')[0]) for cell in accuracies['40%'])
+  base, *cells, momentum = printed['CNN, 10,000 images, 40% label noise']
   assert float(base) == sgd
   found = [float(cell.split(' ')[0]) for cell in cells]
   np.testing.assert_allclose(found, [sam - sgd, asam - sgd], atol=0.011)
