@@ -1,52 +1,103 @@
 """Promise: GSAM, WSAM and F-SAM follow the equations of their papers."""
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 import optax_asam
+from optax_asam import asam
 from optax_asam import ascent
 from optax_asam import descent
+from optax_asam import sharpness_aware
+from tests.helpers import reference
 from tests.helpers.support import assert_same_bits
 
-SHAPES = {'kernel': (3, 2), 'bias': (2,)}
+CURVATURE = np.array([0.5, 1.5, 2.0, 0.1])
+SHAPE = {'kernel': slice(0, 3), 'bias': slice(3, 4)}
 
 
-def gsam_by_hand(g, h, alpha):
-  """Equation of GSAM, of vectors."""
+def loss_fn(params):
+  """A quartic whose coordinates are coupled."""
+  w = jnp.concatenate([params['kernel'], params['bias']])
+  return (CURVATURE * w**2).sum() / 2 + (w**4).sum() / 4 + w.sum() ** 2 / 10
+
+
+def reference_grad(w):
+  """Its gradient."""
+  return CURVATURE * w + w**3 + w.sum() / 5
+
+
+def reference_run(base, w, steps, descend, sigma=0.0):
+  """A base with ``descend(g, h)``, and F-SAM with ``sigma`` > 0."""
+  state, average = None, np.zeros(4)
+  for step in range(steps):
+    g = reference_grad(w)
+    t = np.append(np.abs(w[:3]) + 0.01, 1.0)
+    d = g - sigma * average
+    average = 0.9 * average + 0.1 * g
+    h = reference_grad(w + 0.1 * t * t * d / np.sqrt(((t * d) ** 2).sum()))
+    update, state = base(descend(g, h), state, step)
+    w = w + update
+  return w
+
+
+def gsam_by_hand(g, h, alpha=0.3):
+  """Equation of GSAM."""
   return h - alpha * (g - (g @ h) / (h @ h) * h)
 
 
-def as_vector(tree):
-  """A tree of ``SHAPES`` as a vector."""
-  return np.concatenate([np.ravel(tree[name]) for name in SHAPES])
+BASES = {
+  'sgd': (optax.sgd(0.01, momentum=0.9), reference.sgd, 1e-10),
+  'adam': (optax.adam(0.01), reference.adam, 1e-8),
+}
+F_SAM = optax.chain(ascent.friendly(0.7), ascent.rho_ball(0.1, 0.01, True))
+CASES = {
+  'gsam': (
+    lambda base: asam(base, 0.1, descent=descent.gsam(0.3)),
+    gsam_by_hand,
+    0.0,
+  ),
+  'wsam': (
+    lambda base: asam(base, 0.1, descent=descent.wsam(0.9)),
+    lambda g, h: -8 * g + 9 * h,
+    0.0,
+  ),
+  'friendly': (
+    lambda base: optax.chain(sharpness_aware(F_SAM), base),
+    lambda g, h: h,
+    0.7,
+  ),
+}
 
 
-def random_tree(seed):
-  """A tree of ``SHAPES``."""
-  rng = np.random.default_rng(seed)
-  return {k: jnp.asarray(rng.standard_normal(s)) for k, s in SHAPES.items()}
+@pytest.mark.parametrize('base', BASES)
+@pytest.mark.parametrize('name', CASES)
+def test_reference(x64, name, base):
+  """One hundred steps by hand, in NumPy."""
+  wrap, descend, sigma = CASES[name]
+  base_tx, by_hand, tolerance = BASES[base]
+  tx = wrap(base_tx)
+  w = np.array([0.5, -1.0, 2.0, 0.3])
+  params = {key: jnp.asarray(w[part]) for key, part in SHAPE.items()}
 
+  def step(carry, _):
+    params, state = carry
+    grads = jax.grad(loss_fn)(params)
+    updates, state = tx.update(grads, state, params, value_fn=loss_fn)
+    return (optax.apply_updates(params, updates), state), None
 
-def test_reference(x64):
-  """Each of two random trees, or three, in NumPy.
-
-  That ``descent`` gets (g, g~) is a law in ``test_laws.py``.
-  """
-  trees = [random_tree(seed) for seed in range(3)]
-  g, h, _ = vectors = [as_vector(tree) for tree in trees]
-  got = descent.gsam(0.3)(*trees[:2])
-  np.testing.assert_allclose(as_vector(got), gsam_by_hand(g, h, 0.3), 1e-12)
-  got = descent.wsam(0.9)(*trees[:2])
-  np.testing.assert_allclose(as_vector(got), -8 * g + 9 * h, 1e-12)
-  tx, average = ascent.friendly(0.7, 0.8), 0 * g
-  state = tx.init(trees[0])
-  for tree, g in zip(trees, vectors, strict=True):
-    got, state = tx.update(tree, state)
-    np.testing.assert_allclose(as_vector(got), g - 0.7 * average, 1e-12)
-    average = 0.8 * average + 0.2 * g
+  carry = params, tx.init(params)
+  (params, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, length=100))(carry)
+  got = np.concatenate([params['kernel'], params['bias']])
+  np.testing.assert_allclose(
+    got,
+    reference_run(by_hand, w, 100, descend, sigma),
+    rtol=tolerance,
+    atol=tolerance / 100,
+  )
 
 
 def test_identities():
