@@ -228,8 +228,7 @@ NOT_FOUND = {
 def test_without_a_perturbation(name):
   """With rho = 0, updates are those of the base, bit for bit.
 
-  Eager and compiled, and for a gradient of -0.0, too. Compiled, LAMB's norms of
-  w are rounded otherwise, since the subtraction of eps is fused into them.
+  Eager and compiled, and for a gradient of -0.0, too.
   """
   base_tx = FOUND[name]
   if name == 'reduce_on_plateau' and not hasattr(optax, 'microbatching'):
@@ -238,6 +237,10 @@ def test_without_a_perturbation(name):
   tx = momentum_asam(base_tx, 0.0)
   base_tx = optax.with_extra_args_support(base_tx)
   params = {'mu': make_params()}  # a name of Optax's states
+  if name == 'lamb':
+    # Of a smaller matrix, the XLA of JAX 0.10 adds up a norm in another order
+    # if a subtraction is fused into it.
+    params['mu']['kernel'] = jnp.sin(jnp.arange(48.0)).reshape(6, 8)
   state, base_state = jax.jit(tx.init)(params), base_tx.init(params)
   assert_same_bits(state.perturbation, jax.tree.map(jnp.zeros_like, params))
   update = jax.jit(tx.update)
@@ -249,10 +252,7 @@ def test_without_a_perturbation(name):
       update, base_update = tx.update, base_tx.update
     updates, state = update(grads, state, params, **extra_args)
     expected, _ = base_update(grads, base_state, params, **extra_args)
-    if name == 'lamb' and i < 2:
-      assert error(updates, expected) < 1e-6
-    else:
-      assert_same_bits(updates, expected)
+    assert_same_bits(updates, expected)
     params = optax.apply_updates(params, updates)
     assert_same_bits(eval_params(state, params), params)
     base_state = state.base_state
