@@ -156,8 +156,8 @@ def momentum_asam(
     else:
       average = m = _trees.finite_ema(momentum, state.momentum, updates)
 
-    # The update without the next perturbation. What reads it below does not
-    # read the perturbation so far, whose memory XLA can use for it.
+    # The update but for the next perturbation. Nothing below reads the previous
+    # one, so XLA can reuse its memory.
     moves = jax.tree.map(
       lambda old, u: (
         u if _checks.is_masked(old) else jnp.asarray(u, old.dtype) - old
