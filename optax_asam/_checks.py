@@ -339,6 +339,9 @@ def check_perturbed_dtype(value: Any) -> None:
     )
 
 
+_DESCENTS = f'{__package__}.descent'
+
+
 def check_second_gradient(
   descent: Any, ascent_steps: Any, perturbed_dtype: Any
 ) -> None:
@@ -347,6 +350,13 @@ def check_second_gradient(
     check_function(
       'descent', descent, 'descent=lambda grads, perturbed_grads: ...'
     )
+    # What a factory returns has a dot in its qualified name.
+    name = getattr(descent, '__qualname__', '.')
+    if getattr(descent, '__module__', '') == _DESCENTS and '.' not in name:
+      raise TypeError(
+        f'descent must be a function of two gradients, but got the factory'
+        f' {name}, which was not called. Write descent=descent.{name}().'
+      )
   check_count('ascent_steps', ascent_steps)
   check_perturbed_dtype(perturbed_dtype)
 

@@ -181,16 +181,15 @@ def momentum_asam(
     eps = coordinates.push(*_geometry.direction(h, scalars, ord))
     eps, rho_state = scale.update(eps, state.rho_state, w)
 
-    # Without a perturbation, the update is that of `base_tx`, bit for bit: 0.0
-    # is subtracted, since it would turn -0.0 into 0.0 if it were added.
+    def update(e, s, u):
+      if _checks.is_masked(e):
+        return s
+      # Without a perturbation, the update is that of `base_tx`, bit for bit:
+      # -0.0 minus -0.0 would be 0.0.
+      return jnp.where(e == 0, s, s - e).astype(_checks.dtype_of(u))
+
     updates = jax.tree.map(
-      lambda e, s, u: (
-        s if _checks.is_masked(e) else (s - e).astype(_checks.dtype_of(u))
-      ),
-      eps,
-      moves,
-      base_updates,
-      is_leaf=_checks.is_masked,
+      update, eps, moves, base_updates, is_leaf=_checks.is_masked
     )
     updates = _rounded(updates)
     # What `optax.apply_updates` will round to, or the roundings would add up.

@@ -120,6 +120,7 @@ KEYWORDS = [
   ),
   (TypeError, 'adaptive', NOT_CALLED, 'adaptive=normalization.layerwise()'),
   *each(TypeError, 'descent', (0.5,)),
+  (TypeError, 'descent', optax_asam.descent.gsam, 'descent=descent.gsam()'),
   *each(TypeError, 'perturbed_dtype', ('halff',), "'halff' & {name}=jnp."),
   (TypeError, 'perturbed_dtype', jnp.int32, 'int32 & perturbed_dtype=jnp.'),
   *[  # As optax.inject_hyperparams makes them.

@@ -5,6 +5,7 @@ the wrapper must not add to it.
 """
 
 import functools
+import re
 
 import chex
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+from optax_asam import MomentumASAMState
 from optax_asam import asam
 from optax_asam import ascent
 from optax_asam import looksam
@@ -157,8 +159,8 @@ def test_types(base, dtypes, request):
   # The wrappers differ where dtypes do, if anywhere.
   for name in WRAPPERS if dtypes == 'mixed' else ('asam',):
     changed = retyped(base, WRAPPERS[name](BASES[base]()), params)
-    # The state of the base is the second of two.
-    assert changed == {path.replace('state', 'state[1]') for path in alone}
+    in_base = re.compile(r'state(\[1\]|\.base_state)')
+    assert {in_base.sub('state', path, count=1) for path in changed} == alone
   for tx in ASCENTS.values() if base == 'sgd' else ():
     assert not retyped('sgd', tx, params)
 
@@ -213,7 +215,8 @@ def test_compiled_once_and_restored(name, tmp_path):
 def test_init_and_map_params(base):
   """``eval_shape`` works, and ``map_params`` maps what is like params.
 
-  That is the base's state, and the direction of LookSAM.
+  That is the base's state, LookSAM's direction, the perturbation and the
+  average of momentum ASAM.
   """
   params, add_one = make_params(), lambda x: x + 1
   base_tx = BASES[base]()
@@ -228,10 +231,16 @@ def test_init_and_map_params(base):
     state, abstract = tx.init(params), jax.eval_shape(tx.init, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(abstract, state)
     mapped = optax.tree.map_params(tx, add_one, state)
-    own = state[0]
-    if hasattr(own, 'direction'):
-      own = own._replace(direction=jax.tree.map(add_one, own.direction))
-    assert_same_bits(mapped, (own, of_base))
+    own = state if isinstance(state, MomentumASAMState) else state[0]
+    more = {
+      name: jax.tree.map(add_one, getattr(own, name))
+      for name in ('direction', 'perturbation', 'momentum')
+      if hasattr(own, name)
+    }
+    if own is state:
+      assert_same_bits(mapped, own._replace(base_state=of_base, **more))
+    else:
+      assert_same_bits(mapped, (own._replace(**more), of_base))
 
 
 def spy(seen, name=None):

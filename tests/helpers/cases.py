@@ -12,7 +12,9 @@ import optax
 
 from optax_asam import asam
 from optax_asam import ascent
+from optax_asam import descent
 from optax_asam import looksam
+from optax_asam import momentum_asam
 from optax_asam import normalization
 from optax_asam import sam
 from optax_asam import sharpness_aware
@@ -52,6 +54,9 @@ def make_normalization(name, eta, mask=None):
 ASCENTS = {
   'steepest_ascent': ascent.steepest_ascent(normalization.layerwise(0.05)),
   'rho_ball': ascent.rho_ball(0.3, 0.05, True),
+  'friendly': optax.chain(
+    ascent.friendly(0.9, 0.8), ascent.rho_ball(0.3, 0.05, True)
+  ),
 }
 
 # Functions (g, g~) -> g', which run on NumPy arrays, too.
@@ -96,6 +101,9 @@ WRAPPERS = {
     descent=DESCENTS['linear'],
   ),
   'looksam': lambda base_tx: looksam(base_tx, 0.3, every_k=2),
+  'gsam': lambda base_tx: asam(base_tx, 0.3, descent=descent.gsam(0.4)),
+  'wsam': lambda base_tx: asam(base_tx, 0.3, descent=descent.wsam(0.7)),
+  'momentum_asam': lambda base_tx: momentum_asam(base_tx, 0.3, momentum=0.9),
 }
 
 # At learning rates that lead to the targets of test_convergence.py.
