@@ -35,7 +35,7 @@ def make_tables() -> dict[str, str]:
     'trajectories': trajectories.table(
       tables.read('trajectories')['trajectories']
     ),
-    'translation, paper': translation_tables.published_table(),
+    **translation_tables.make(tables.read('translation')),
     **correlation.tables(tables.read('correlation')),
     **tables.tables(tables.load(RESULTS / 'comparisons')),
   }
@@ -45,8 +45,6 @@ def make_tables() -> dict[str, str]:
   networks = tables.read('budget_sharpness')
   for name, table in budget_sharpness.tables(networks).items():
     made[f'budget_sharpness, {name}'] = table
-  if translation_tables.RECORDED.exists():  # Not recorded yet.
-    made.update(translation_tables.make(tables.read('translation')))
   return made
 
 

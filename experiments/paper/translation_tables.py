@@ -35,17 +35,6 @@ TITLES = {
 }
 
 
-def published_table() -> str:
-  """The paper's BLEU in Markdown."""
-  return reporting.markdown(
-    ['BLEU', 'Adam', 'SAM', 'ASAM'],
-    [
-      [split, *(f'{PUBLISHED[name][i]:.2f}' for name in PUBLISHED)]
-      for i, split in enumerate(plan.SPLITS)
-    ],
-  )
-
-
 def table(results: Mapping[str, Any]) -> str:
   """BLEU in Markdown, compared with the floors and the paper's.
 

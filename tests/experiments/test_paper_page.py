@@ -30,10 +30,7 @@ SHOWN = dict(pages.TABLE.findall(PAGE))
 RUNS = tables.load(tables.RESULTS / 'comparisons')
 CORRELATION = tables.read('correlation')
 TRAJECTORIES = tables.read('trajectories')['trajectories']
-# Once it is recorded.
-TRANSLATION = (
-  [tables.read('translation')] if translation_tables.RECORDED.exists() else []
-)
+TRANSLATION = tables.read('translation')
 
 
 def test_tables():
@@ -139,7 +136,7 @@ def test_sentences(path):
     CORRELATION['config'],
     *(
       run['config']
-      for run in [*RUNS.values(), *tables.load_study(), *TRANSLATION]
+      for run in [*RUNS.values(), *tables.load_study(), TRANSLATION]
     ),
   ]
   shown = dict(pages.TABLE.findall(page)).values()

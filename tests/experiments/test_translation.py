@@ -619,6 +619,29 @@ def test_floors_stop_it():
     check([adam], make_measured(60.0))
 
 
+def test_recorded():
+  """The page says that nothing overfits, and that a smaller rho is better."""
+  recorded = json.loads(
+    (translation_tables.RECORDED / 'results.json').read_text()
+  )
+  assert not recorded['commit'].endswith('-dirty')
+  optimizers = recorded['optimizers']
+  last = {}
+  for name, each in optimizers.items():
+    assert each['seeds'] == [0, 1, 2]
+    assert (np.diff(each['curves']['validation_loss']) < 0).all()
+    last[name] = [curve[-1] for curve in each['curves']['train_loss']]
+  for name in ('sam', 'asam'):
+    difference = optimizers[name]['test_bleu_minus_adam']
+    assert difference['mean'] == pytest.approx(-2, abs=0.1)
+    assert difference['interval_95'][1] < 0
+    assert min(last[name]) > max(last['adam'])
+  found = [
+    x['validation_bleu'] for x in recorded['search']['asam']['candidates']
+  ]
+  assert found == sorted(found, reverse=True)
+
+
 @pytest.mark.slow
 def test_libreoffice(tmp_path, monkeypatch, capsys):
   """It stops in the middle of an epoch, goes on, searches, or gives up."""
