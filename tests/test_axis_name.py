@@ -18,6 +18,7 @@ import pytest
 
 from optax_asam import asam
 from optax_asam import looksam
+from optax_asam import momentum_asam
 from tests.helpers import network
 from tests.helpers.cases import DESCENTS
 from tests.helpers.support import assert_same_bits
@@ -186,6 +187,30 @@ def test_axis_name(x64, way, ord, every_k, descent, alpha, shared):
     assert state[0].step == i
     if i in COMPARED:
       assert error((result, state[0].perturbed_value), expected[i]) < 1e-12
+
+
+def test_momentum_asam(x64):
+  """It needs no ``axis_name``: gradients are averaged before it."""
+  tx = momentum_asam(BASE_TX, rho_of(2))
+  params, whole = (
+    network.make_params(np.float64),
+    network.make_batch(np.float64),
+  )
+  alone = jax.jit(
+    lambda params, state: make_train_step(tx, False, varying=False)(
+      params, state, whole
+    )
+  )
+  expected = params, tx.init(params)
+  step, carry, batch = distribute(
+    'pmap', make_train_step(tx, True, varying=False), expected
+  )
+  for _ in range(5):
+    expected, carry = alone(*expected), step(*carry, batch)
+  first, *others = replicas(carry)
+  for other in others:
+    assert_same_bits(other, first)
+  assert error(jax.tree.map(np.squeeze, first), expected) < 1e-12
 
 
 @needs_pcast
