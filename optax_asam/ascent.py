@@ -228,10 +228,14 @@ def friendly(
   _checks.check_below_one('decay', decay, '0.9')
 
   def init_fn(params):
+    _checks.check_params(params)
     return FriendlyState(ema=jax.tree.map(_trees.zeros_like, params))
 
   def update_fn(updates, state, params=None):
     del params
+    _checks.check_like(
+      'grads', updates, state.ema, write='Pass the gradient at params.'
+    )
     direction = jax.tree.map(
       lambda g, m: jnp.asarray(g, m.dtype) - jnp.asarray(sigma, m.dtype) * m,
       updates,

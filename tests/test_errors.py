@@ -192,7 +192,10 @@ def partitioned():
 
 TYPE_ERRORS = [
   (lambda: sharpness_aware(normalization.elementwise()), 'steepest_ascent('),
-  (lambda: STEEPEST.init({'w': 1}), "params['w'] & 1"),
+  *[
+    (lambda tx=tx: tx.init({'w': 1}), "params['w'] & 1")
+    for tx in (STEEPEST, ascent.friendly())
+  ],
   (lambda: ascent.steepest_ascent(0.01), '0.01 & normalization=normalization.'),
   (
     lambda: ascent.steepest_ascent(NOT_CALLED),
@@ -274,6 +277,10 @@ VALUE_ERRORS = [
   (
     lambda: normalization.elementwise(mask={'w': False, 'activation': None}),
     "mask & 'w': False & mask=None",
+  ),
+  (
+    lambda: ascent.friendly().update({}, ascent.friendly().init(PARAMS)),
+    'grads & is missing',
   ),
   (  # As optax.inject_hyperparams makes it of a function.
     lambda: good_update(asam(SGD, mask=True)),
