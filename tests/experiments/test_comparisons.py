@@ -89,7 +89,7 @@ def test_interrupted(tmp_path, monkeypatch):
 
   monkeypatch.setattr(comparisons, 'run', run)
   monkeypatch.setattr(comparisons, 'RUNS', {'first': [], 'second': []})
-  with pytest.raises(KeyboardInterrupt):
+  with pytest.raises(KeyboardInterrupt), cli.interruptible():
     comparisons.main([f'--out={tmp_path}'])
   time.sleep(0.4)  # Until a second one would have started.
   assert started == ['first']
