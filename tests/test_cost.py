@@ -218,7 +218,7 @@ CASES = {
     adam(steps.METHODS['momentum_asam']),
     forward=1,
     like='base, adam',
-    instructions=1.8,
+    instructions=1.9,
     passes=2.4,
     bytes=1.6,
     temporaries=1.2,
