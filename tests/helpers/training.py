@@ -75,7 +75,7 @@ def assert_momentum_asam(trained, evaluated, grad_fn, params, batches):
   w, m, eps = params, zeros, zeros
   for batch in batches:
     w, m, eps = step(w, m, eps, batch)
-  assert error(evaluated, w) < 1e-5
-  assert error(trained, optax.tree.add(w, eps)) < 1e-5
+  assert error(evaluated, w) < 1e-4
+  assert error(trained, optax.tree.add(w, eps)) < 1e-4
   assert error(trained, w) > 1e-3
   return w
