@@ -391,8 +391,9 @@ def main(argv: Sequence[str]) -> None:
       )
     jax.clear_caches()
   # Not before: an interrupted run must not replace a finished one.
-  partial.replace(path)
-  print(f'Wrote {path}.')
+  if results['rows']:
+    partial.replace(path)
+    print(f'Wrote {path}.')
 
 
 if __name__ == '__main__':

@@ -166,7 +166,8 @@ def momentum_asam(
       base_updates,
       is_leaf=_checks.is_masked,
     )
-    w = _moved(params, moves)
+    w = _rounded(_geometry.perturb(params, moves))
+    w = jax.tree.map(_trees.widen, w)
 
     def pull(w, m):
       coordinates = _geometry.coordinates(w, normalization, mask)
@@ -284,18 +285,6 @@ def _clean(e: Any, w: Any) -> Any:
   if _checks.is_masked(e):
     return w
   return (jnp.asarray(w, e.dtype) - e).astype(_checks.dtype_of(w))
-
-
-def _moved(params: optax.Params, moves: optax.Updates) -> optax.Params:
-  """The sum, rounded to the dtypes of ``params``, in at least float32."""
-
-  def leaf(p, s):
-    wide = _trees.accumulator_dtype(p, s)
-    total = jnp.asarray(p, wide) + jnp.asarray(s, wide)
-    return total.astype(_checks.dtype_of(p))
-
-  moved = _rounded(jax.tree.map(leaf, params, moves))
-  return jax.tree.map(_trees.widen, moved)
 
 
 def _rounded(tree: Any) -> Any:

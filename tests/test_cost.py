@@ -173,6 +173,17 @@ BY_HAND = {
   'looksam': of(every_other(steps.inlined_asam, reuse=0.1)),
   'looksam, one layer': of(every_other(FIRST_LAYER, reuse=0.1)),
 }
+# It writes the clean parameters and the perturbation, too. Neither the update
+# nor the perturbation so far is kept beside w.
+MOMENTUM = Case(
+  steps.METHODS['momentum_asam'],
+  forward=1,
+  like='base',
+  instructions=1.4,
+  passes=2.4,
+  bytes=1.75,
+  temporaries=1.2,
+)
 CASES = {
   'asam': Case(steps.METHODS['asam']),
   'sam': Case(steps.METHODS['sam'], like='sam'),
@@ -203,25 +214,12 @@ CASES = {
   'every_5': Case(steps.METHODS['every_5']),
   'quarter_batch_ascent': Case(steps.METHODS['quarter_batch_ascent']),
   'ascent_fun': Case(ascent_fun),
-  # It writes the clean parameters and the perturbation, too.
-  'momentum_asam': Case(
-    steps.METHODS['momentum_asam'],
-    forward=1,
-    like='base',
-    instructions=1.4,
-    passes=2.4,
-    bytes=1.75,
-    temporaries=1.2,
-  ),
-  # Neither the update nor the perturbation so far is kept beside w.
-  'momentum_asam, adam': Case(
-    adam(steps.METHODS['momentum_asam']),
-    forward=1,
+  'momentum_asam': MOMENTUM,
+  'momentum_asam, adam': MOMENTUM._replace(
+    make=adam(MOMENTUM.make),
     like='base, adam',
     instructions=1.9,
-    passes=2.4,
     bytes=1.6,
-    temporaries=1.2,
   ),
   'asam-inf': Case(of(asam(SGD, ord=jnp.inf))),
   'sam-inf': Case(of(sam(SGD, ord=jnp.inf))),

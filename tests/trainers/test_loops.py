@@ -132,7 +132,7 @@ def network_and_params():
 def test_maxtext():
   """An ``nnx.Optimizer`` gets gradients of a split state, and their norm."""
   network, _, loss_fn, initial = network_and_params()
-  tx = optax_asam.momentum_asam(SGD, rho=2.0)
+  tx = optax_asam.momentum_asam(SGD, rho=1.0)
   state = nnx.Module()
   state.model = network
   state.optimizer = nnx.Optimizer(network, tx, wrt=nnx.Param)
@@ -163,7 +163,7 @@ def test_maxtext():
 def test_easydel():
   """``update`` by keywords, on a donated state, inside ``lax.cond``."""
   _, params, loss_fn, initial = network_and_params()
-  tx = optax_asam.momentum_asam(SGD, rho=2.0)
+  tx = optax_asam.momentum_asam(SGD, rho=1.0)
 
   def apply_gradients(operand):
     params, opt_state, grads = operand
