@@ -7,11 +7,14 @@ import pytest
 
 import optax_asam
 from optax_asam import asam
+from optax_asam import ascent
+from optax_asam import descent
 from optax_asam import looksam
 from optax_asam import momentum_asam
 from optax_asam import normalization
 from optax_asam import sam
 from optax_asam import sharpness
+from optax_asam import sharpness_aware
 
 pytestmark = pytest.mark.usefixtures('quickly_compiled')
 
@@ -38,6 +41,14 @@ TRANSFORMATIONS = {
   'perturbed_dtype': asam(SGD, perturbed_dtype=jnp.float32),
   'descent': asam(SGD, descent=lambda grads, perturbed_grads: grads),
   'looksam': looksam(SGD, every_k=2),
+  'gsam': asam(SGD, descent=descent.gsam()),
+  'wsam': asam(SGD, descent=descent.wsam()),
+  'friendly': optax.chain(
+    sharpness_aware(
+      optax.chain(ascent.friendly(), ascent.rho_ball(0.5, 0.01, True))
+    ),
+    SGD,
+  ),
 }
 PARAMS = {
   'kernel': {dtype: jnp.full((2, 2), 0.5, dtype) for dtype in DTYPES},

@@ -20,6 +20,7 @@ from optax_asam import asam
 from tests.helpers import pages
 from tests.helpers import reference
 from tests.helpers.cases import DESCENTS
+from tests.helpers.cases import WRAPPERS
 from tests.helpers.support import assert_same_bits
 from tests.helpers.support import error
 from tests.helpers.support import perturbed_point
@@ -311,6 +312,36 @@ def test_training_recovers(params):
   assert state[0].step == 25
   numbers = good(params)
   assert value(result, numbers) < value(params, numbers) / 50
+
+
+@pytest.mark.parametrize('name', WRAPPERS)
+def test_every_wrapper_recovers(params, name):
+  """Two bad updates in a row leave no trace in parameters or state.
+
+  Two, so that those that count in twos measure where they did.
+  """
+  tx = WRAPPERS[name](optax.apply_if_finite(optax.adam(0.25), 5))
+
+  @jax.jit
+  def step(params, state, numbers):
+    grad_fn = jax.grad(lambda p: loss_fn(p, numbers))
+    updates, state = tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
+    return optax.apply_updates(params, updates), state
+
+  def result(plan):
+    carry = params, jax.jit(tx.init)(params)
+    for numbers in plan:
+      carry = step(*carry, numbers)
+    params_, state = carry
+    if name == 'momentum_asam':
+      return optax_asam.eval_params(state, params_)
+    return params_
+
+  clean = [good(params)] * 8
+  spoiled = [bad(params, 'nan', ['bias']), bad(params, 'inf')]
+  expected = result(clean)
+  assert error(result(clean[:4] + spoiled + clean[4:]), expected) < 1e-6
+  assert error(expected, params) > 0.1
 
 
 @pytest.mark.parametrize('ord', ORDS)

@@ -21,6 +21,9 @@ import pytest
 
 from optax_asam import asam
 from optax_asam import ascent
+from optax_asam import descent
+from optax_asam import looksam
+from optax_asam import momentum_asam
 from optax_asam import normalization
 from optax_asam import sharpness_aware
 from tests.helpers import reference
@@ -345,6 +348,20 @@ TRAJECTORIES = {
     for name, descent in DESCENTS.items()
   },
 }
+
+
+def friendly(*args, **kwargs):
+  """A ``rho_ball`` of F-SAM; at its first update the average is zero."""
+  return optax.chain(ascent.friendly(), ascent.rho_ball(*args, **kwargs))
+
+
+# Transformations whose step is differentiated.
+KIN = {
+  'gsam': functools.partial(asam, descent=descent.gsam(0.4)),
+  'wsam': functools.partial(asam, descent=descent.wsam(0.7)),
+  'looksam': looksam,
+  'momentum_asam': functools.partial(momentum_asam, momentum=0.9),
+}
 LAWS = {
   'steepest': (law_steepest, ascent.rho_ball, st.tuples(IN_DOMAIN)),
   'ball': (law_ball, ascent.rho_ball, st.tuples(examples(wild=True))),
@@ -355,11 +372,19 @@ LAWS = {
     st.tuples(IN_DOMAIN.filter(lambda e: len(jax.tree.leaves(e.params)) > 1)),
   ),
   'vmap': (law_vmap, ascent.rho_ball, st.tuples(batches(2, compiled=CASES))),
-  'derivative': (
-    law_derivative,
-    asam,
-    st.tuples(examples(compiled=CASES64, reach=1, smallest=16)),
-  ),
+  **{
+    f'derivative{name}': (
+      law_derivative,
+      subject,
+      st.tuples(examples(compiled=cases, reach=1, smallest=16)),
+    )
+    for name, subject, cases in (
+      ('', asam, CASES64),
+      *((f', {name}', subject, CASES64[:1]) for name, subject in KIN.items()),
+    )
+  },
+  'closed form, friendly': (law_closed_form, friendly, st.tuples(IN_DOMAIN)),
+  'ball, friendly': (law_ball, friendly, st.tuples(examples(wild=True))),
   'finite derivatives': (
     law_finite_derivatives,
     ascent.rho_ball,

@@ -16,8 +16,11 @@ import optax
 import pytest
 
 from optax_asam import asam
+from optax_asam import ascent
+from optax_asam import descent
 from optax_asam import looksam
 from optax_asam import momentum_asam
+from optax_asam import sharpness_aware
 from tests.helpers import network
 from tests.helpers.support import SHARDY
 from tests.helpers.support import error
@@ -108,6 +111,13 @@ TRANSFORMATIONS = {
   'asam, p = inf': asam(SGD, 0.05, ord=np.inf),
   'looksam': looksam(SGD, every_k=2),
   'momentum_asam': momentum_asam(SGD, rho=0.5),
+  'friendly and gsam': optax.chain(
+    sharpness_aware(
+      optax.chain(ascent.friendly(), ascent.rho_ball(0.5, 0.01, True)),
+      descent.gsam(),
+    ),
+    SGD,
+  ),
 }
 
 
@@ -167,9 +177,13 @@ def test_layout(x64, name, tx_name):
   if not SHARDY:  # Results that are not laid out may be split further.
     out_shardings = jax.tree.map(lambda x: x.sharding, (*carry, params))
   step = make_train_step(tx, gather, out_shardings)
-  # Parameters, as many of momentum, of a direction or a perturbation, and
-  # scalars.
-  num_leaves = {'looksam': 15, 'momentum_asam': 13}.get(tx_name, 11)
+  # Parameters, as many of momentum, of a direction, a perturbation or an
+  # average, and scalars.
+  num_leaves = {
+    'looksam': 15,
+    'momentum_asam': 13,
+    'friendly and gsam': 15,
+  }.get(tx_name, 11)
   assert assert_split_like(carry, params, mesh, layout.params) == num_leaves
   for i, expected in enumerate(one_device(tx_name)):
     *carry, grads = step(*carry, batch)

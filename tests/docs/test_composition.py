@@ -202,6 +202,11 @@ def gsam(g, h):
   return h - 0.4 * (g - (g @ h) / (h @ h) * h)
 
 
+def wsam(g, h):
+  """The gradient that WSAM descends with gamma = 0.9."""
+  return -8 * g + 9 * h
+
+
 # Not linear, and needs the parameters.
 INNER = optax.stateless(lambda u, w: jax.tree.map(lambda u, w: u * u * w, u, w))
 STEPS = {
@@ -224,6 +229,12 @@ STEPS = {
   'gsam, clipping inside': lambda s: s.sgd(clipped(gsam(s.grad(), s.sharp()))),
   'gsam, clipping before': lambda s: s.sgd(
     gsam(clipped(s.grad()), s.sharp(clipped(s.grad())))
+  ),
+  'wsam, weight decay inside': lambda s: s.sgd(
+    wsam(s.grad(), s.sharp()) + 5e-4 * s.w
+  ),
+  'wsam, weight decay before': lambda s: s.sgd(
+    wsam(s.grad() + 5e-4 * s.w, s.sharp(s.grad() + 5e-4 * s.w))
   ),
   'friendly, in the ascent': lambda s: s.sgd(s.sharp(s.friendly())),
   'friendly, before': lambda s: s.sgd(s.sharp(s.friendly())),

@@ -103,6 +103,9 @@ WRAPPERS = {
   'looksam': lambda base_tx: looksam(base_tx, 0.3, every_k=2),
   'gsam': lambda base_tx: asam(base_tx, 0.3, descent=descent.gsam(0.4)),
   'wsam': lambda base_tx: asam(base_tx, 0.3, descent=descent.wsam(0.7)),
+  'friendly': lambda base_tx: optax.chain(
+    sharpness_aware(ASCENTS['friendly']), base_tx
+  ),
   'momentum_asam': lambda base_tx: momentum_asam(base_tx, 0.3, momentum=0.9),
 }
 
