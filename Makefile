@@ -5,7 +5,8 @@ LIBRARY = tests/test_*.py optax_asam
 MATHJAX = .venv/mathjax/node_modules/mathjax/es5/tex-svg-full.js
 
 .PHONY: demo bench test test-all test-oldest test-newest test-tpu \
-  test-trainers test-dist test-site dist docs lint clean
+  test-trainers test-easydel test-maxtext test-dist test-site dist docs lint \
+  clean
 
 # Train on real data: SGD, SAM and ASAM on digits with label noise.
 demo: .venv/demo/.installed
@@ -50,6 +51,11 @@ test-tpu: .venv/tpu/.installed
 test-trainers: .venv/trainers/.installed
 	.venv/trainers/bin/python $(PYTEST) tests/trainers
 
+# Two more trainers, each of which needs an environment of its own. MaxText needs
+# Python 3.12.
+test-easydel test-maxtext: test-%: .venv/%/.installed
+	.venv/$*/bin/python $(PYTEST) tests/trainers/test_$*.py
+
 # The wheel and the source distribution, in dist.
 dist: .venv/dist/.installed
 	rm -rf dist
@@ -86,6 +92,9 @@ $(MATHJAX):
 .venv/test/.installed: EXTRA = test
 .venv/tpu/.installed: EXTRA = test,tpu
 .venv/trainers/.installed: EXTRA = trainers
+.venv/easydel/.installed: EXTRA = easydel
+.venv/maxtext/.installed: EXTRA = maxtext
+.venv/maxtext/.installed: INTERPRETER = $(shell $(PYTHON) .ci/newest_python)
 .venv/docs/.installed: EXTRA = docs
 .venv/site/.installed: EXTRA = site
 .venv/oldest/.installed: EXTRA = test

@@ -192,17 +192,23 @@ def test_choosing_rho(monkeypatch):
   assert names['study'].best_value == pytest.approx(float(losses[at]))
 
 
+def default(name):
+  """The default of rho."""
+  parameters = inspect.signature(getattr(optax_asam, name)).parameters
+  return parameters['rho'].default
+
+
 def searches():
   """Name, method, scores by rho, and the selected rho, of each row."""
   for run, method, shown in table('choosing_rho', 'searches'):
     title, results = linked(run)
     name = method.strip('`')
     if 'tasks' in results:
-      task = 'cnn-noise-40' if 'noise' in title else 'vit-2000'
-      entry = results['tasks'][task]['methods'][name]
-      scores = {
-        each['values'][0]: each['held_out_accuracy'] for each in entry['search']
-      }
+      start = {'C': 'cnn-noise-40', 'V': 'vit-2000', 'L': 'spam-128-noise-lora'}
+      task = results['tasks'][start[title[0]]]
+      entry = task['methods'][name]
+      score = 'held_out_' + task.get('metric', 'accuracy')
+      scores = {each['values'][0]: each[score] for each in entry['search']}
       selected = entry['summary']['values'][0]
     else:
       entry = results['search'][name]
@@ -235,6 +241,10 @@ def test_searches():
         assert scores[larger[0]] > 0.95 * scores[selected]
       if name == 'momentum_asam':
         assert not larger
+    elif 'LoRA' in title:
+      factor = {'sam': 4, 'momentum_asam': 1}.get(name)
+      if factor:
+        assert scores[factor * default(name)] < 0.53
     elif 'ViT' not in title:
       trained = [x for x in scores.values() if x > 0.2]
       assert max(trained) - min(trained) < 0.01
@@ -245,15 +255,14 @@ def test_defaults():
   """The defaults of rho in the table are those of the functions."""
   rows = pages.read_rows(pages.read_page('choosing_rho'))
   functions = {}
-  for cell, default, _ in rows[:3]:
+  for cell, shown, _ in rows[:3]:
     for name in re.findall(r'`(\w+)`', cell):
-      functions[name] = float(default)
+      functions[name] = float(shown)
   assert set(functions) == {
     *('asam', 'value_and_grad', 'looksam', 'sam', 'momentum_asam')
   }
-  for name, default in functions.items():
-    parameters = inspect.signature(getattr(optax_asam, name)).parameters
-    assert parameters['rho'].default == default
+  for name, shown in functions.items():
+    assert default(name) == shown
 
 
 def noise_40(results):
