@@ -51,8 +51,7 @@ test-tpu: .venv/tpu/.installed
 test-trainers: .venv/trainers/.installed
 	.venv/trainers/bin/python $(PYTEST) tests/trainers
 
-# Two more trainers, each of which needs an environment of its own. MaxText needs
-# Python 3.12.
+# Two more trainers, each in an environment of its own; MaxText needs Python 3.12.
 test-easydel test-maxtext: test-%: .venv/%/.installed
 	.venv/$*/bin/python $(PYTEST) tests/trainers/test_$*.py
 
