@@ -51,7 +51,8 @@ test-tpu: .venv/tpu/.installed
 test-trainers: .venv/trainers/.installed
 	.venv/trainers/bin/python $(PYTEST) tests/trainers
 
-# Two more trainers, each in an environment of its own; MaxText needs Python 3.12.
+# Two more trainers, each in an environment of its own; MaxText needs Python 3.12
+# or newer.
 test-easydel test-maxtext: test-%: .venv/%/.installed
 	.venv/$*/bin/python $(PYTEST) tests/trainers/test_$*.py
 
@@ -93,7 +94,8 @@ $(MATHJAX):
 .venv/trainers/.installed: EXTRA = trainers
 .venv/easydel/.installed: EXTRA = easydel
 .venv/maxtext/.installed: EXTRA = maxtext
-.venv/maxtext/.installed: INTERPRETER = $(shell $(PYTHON) .ci/newest_python)
+.venv/maxtext/.installed: INTERPRETER = \
+  $(shell $(PYTHON) .ci/newest_python --all | head -n 1)
 .venv/docs/.installed: EXTRA = docs
 .venv/site/.installed: EXTRA = site
 .venv/oldest/.installed: EXTRA = test
@@ -129,4 +131,4 @@ $(MATHJAX):
 	touch $@
 
 clean:
-	rm -rf .venv dist out
+	rm -rf .venv dist docs/_build docs/api/generated out/docs out/tests

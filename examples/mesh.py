@@ -97,7 +97,10 @@ def train_step(state: TrainState, batch: Any) -> tuple[TrainState, jax.Array]:
 
 
 def make_mesh(devices: Sequence[Any]) -> Mesh:
-  """A mesh data x model; model has size 2 if the number of devices is even."""
+  """A mesh data x model; model has size 2 if the number of devices is even.
+
+  The size of data must divide the batch size.
+  """
   model = 2 if len(devices) % 2 == 0 else 1
   shape = (len(devices) // model, model)
   return Mesh(mesh_utils.create_device_mesh(shape, devices), ('data', 'model'))
