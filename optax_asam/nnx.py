@@ -114,7 +114,8 @@ def value_and_grad(
 
   .. note::
     In NNX's tree mode, everything that an argument holds is differentiated, as
-    by ``nnx.value_and_grad``, and perturbed: split off its ``nnx.Param``.
+    by ``nnx.value_and_grad``, and perturbed: split off its ``nnx.Param``. With
+    ``ascent_fun``, what ``f`` changes in the rest is then discarded, too.
   """
   _checks.check_function('f', f, 'value_and_grad(loss_fn, rho=0.5)')
   _check_argnums(argnums)
@@ -314,7 +315,7 @@ def _snapshot(
 
   def select(args):
     selected = tuple(
-      jax.tree.map(_differentiated, args[i], is_leaf=_is_split)
+      jax.tree.map(_differentiated, args[i], is_leaf=_is_node)
       for i in positions
     )
     return selected[0] if single else selected
@@ -325,7 +326,7 @@ def _snapshot(
       positions, (params,) if single else params, strict=True
     ):
       replaced[i] = jax.tree.map(
-        replace_node, split_args[i], argument, args[i], is_leaf=_is_split
+        replace_node, split_args[i], argument, args[i], is_leaf=_is_node
       )
     return replaced
 
@@ -353,26 +354,29 @@ def _is_graph_mode() -> bool:
   return all(mode is None or mode.current_value() for mode in modes)
 
 
-def _is_split(node: Any) -> bool:
-  """Whether ``node`` is a module that was split."""
-  return isinstance(node, nnx.NodeStates)
+def _is_node(node: Any) -> bool:
+  """Whether ``node`` is a module that was split or, in tree mode, a variable."""
+  return isinstance(node, (nnx.NodeStates, nnx.Variable))
 
 
 def _differentiated(node: Any) -> Any:
   """What is differentiated of an argument: the first state of a module."""
-  return node.states[0] if _is_split(node) else node
+  return node.states[0] if isinstance(node, nnx.NodeStates) else node
 
 
 def _replace_in_copy(node: Any, params: Any, _: Any) -> Any:
   """``node`` with ``params`` in place of what :func:`_differentiated` gives."""
-  if _is_split(node):
+  if isinstance(node, nnx.NodeStates):
     return node.replace(states=(params, *node.states[1:]))
   return params
 
 
 def _replace_in_place(node: Any, params: Any, argument: Any) -> Any:
   """``argument``, of which ``node`` is the split, with ``params`` in it."""
-  if _is_split(node):
+  if isinstance(node, nnx.NodeStates):
     nnx.update(argument, params)
+    return argument
+  if isinstance(node, nnx.Variable):
+    argument.set_value(params.get_value())
     return argument
   return params

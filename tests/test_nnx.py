@@ -385,6 +385,14 @@ def test_tree_mode(model, mode):
     assert isinstance(grads, nnx.Linear)
     assert error(nnx.state(grads), expected) < 1e-6
     assert error(nnx.state(model), params) == 0
+  statistics = []
+  for library in (nnx, optax_asam.nnx):
+    with getattr(nnx, mode)(False):
+      norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+      library.grad(small_loss_fn)(norm, jnp.eye(3))
+    statistics.append(nnx.state(norm))
+  assert error(*statistics) == 0
+  assert (norm.mean[...] > 0).all()
 
 
 @pytest.mark.parametrize(
