@@ -126,7 +126,9 @@ def check_static(name: str, value: Any) -> None:
     )
 
 
-def check_scale(name: str, value: Any, example: str) -> None:
+def check_scale(
+  name: str, value: Any, example: str, *, below_one: bool = False
+) -> None:
   """Raises unless ``value`` is a real scalar, finite and >= 0 if concrete."""
   write = f'For example: {name}={example}.'
   if hasattr(value, 'dtype'):
@@ -145,15 +147,8 @@ def check_scale(name: str, value: Any, example: str) -> None:
     raise ValueError(
       f'{name} must be finite and >= 0, but got {value}. {write}'
     )
-
-
-def check_below_one(name: str, value: Any, example: str) -> None:
-  """Raises if the scalar ``value`` is concrete and not below 1."""
-  if not isinstance(value, core.Tracer) and not float(value) < 1:
-    raise ValueError(
-      f'{name} must be in [0, 1), but got {value!r}.'
-      f' For example: {name}={example}.'
-    )
+  if below_one and not float(value) < 1:
+    raise ValueError(f'{name} must be in [0, 1), but got {value!r}. {write}')
 
 
 def check_no_schedule(rho: Any) -> None:
@@ -586,6 +581,22 @@ def _first_difference(tree: Any, params: optax.Params) -> str:
   return f'{what} (got {describe(tree)}, for params {describe(params)})'
 
 
+def check_perturbation(eps: Any, params: optax.Params) -> None:
+  """Raises unless ``eps``, from an ascent, may be added to ``params``."""
+  if jax.tree.structure(eps, is_leaf=is_masked) == jax.tree.structure(params):
+    leaves = jax.tree.leaves(eps, is_leaf=is_masked)
+    pairs = zip(leaves, jax.tree.leaves(params), strict=True)
+    eps = jax.tree.unflatten(
+      jax.tree.structure(params), [w if is_masked(e) else e for e, w in pairs]
+    )
+  check_like(
+    'the result of ascent',
+    eps,
+    params,
+    write='Return the perturbation eps, as ascent.rho_ball(0.5) does.',
+  )
+
+
 def check_operator(t: Any, params: optax.Params) -> None:
   """Raises unless ``t`` is a :math:`T_w` for ``params``."""
   write = 'Return one array or 1 for each parameter, as elementwise() does.'
@@ -646,6 +657,8 @@ def check_one_perturbation(count: int) -> None:
 def check_one_function(functions: dict[str, Any]) -> tuple[str, Any]:
   """The only one of ``functions`` that is not None, with its name."""
   given = {name: fun for name, fun in functions.items() if fun is not None}
+  if len(given) > 1:  # It may be meant for base_tx, as of optax.contrib.sophia.
+    given.pop('obj_fn', None)
   if len(given) != 1:
     got = ' and '.join(given) if given else 'neither'
     raise ValueError(
@@ -766,7 +779,7 @@ def check_not_module(params: Any) -> None:
     return isinstance(node, (nnx_module, equinox_module))
 
   for path, node in jax.tree.leaves_with_path(params, is_leaf=is_module):
-    name = f'params{jax.tree_util.keystr(path)}'
+    name = path_name(path)
     if isinstance(node, nnx_module):
       _check_nnx(name, node)
     elif isinstance(node, equinox_module):

@@ -78,7 +78,7 @@ def estimator(
       out, perturbed_grads = value_and_grad_fn(perturbed_params)
     else:
       perturbed_grads = ascent_grad_fn(perturbed_params)
-    perturbed_grads = optax.tree.cast_like(perturbed_grads, grads)
+    perturbed_grads = _trees.cast_like(perturbed_grads, grads)
     if descent is not None:
       perturbed_grads = transform.descend(descent, grads, perturbed_grads)
     return out, perturbed_grads

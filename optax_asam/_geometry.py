@@ -118,9 +118,9 @@ def reduce(h: Arrays, p: float) -> tuple[jax.Array, ...]:
   """The scalars by which :func:`direction` maps each element of ``h``."""
   if not h:
     return ()
-  tiny = float(jnp.finfo(h[0].dtype).tiny)
   if p == 2:
-    return guarded_root(_sum(x * x for x in h), tiny)
+    return guarded_norm(h)
+  tiny = float(jnp.finfo(h[0].dtype).tiny)
   peak = jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in h]).max()
   peak = jax.lax.stop_gradient(peak)
   if p == math.inf:
@@ -187,6 +187,25 @@ def guarded_norm(tree: Any) -> tuple[jax.Array, jax.Array]:
   """The norm of a tree, and whether it is neither too small nor too large."""
   squares = _trees.dot(tree, tree)
   return guarded_root(squares, float(jnp.finfo(squares.dtype).tiny))
+
+
+def rejection(tree: Any, along: Any) -> tuple[Any, jax.Array, jax.Array]:
+  """The part of ``tree`` that is orthogonal to the tree ``along``.
+
+  Returns:
+    That part, in at least float32; the length of the other part; and whether
+    the norm of ``along`` is neither too small nor too large.
+  """
+  norm, usable = guarded_norm(along)
+  # It is not divided by the square of the norm, which XLA would simplify, as in
+  # `guarded_root`.
+  length = _trees.dot(tree, along) / norm
+
+  def leaf(x, a):
+    x = _trees.widen(x)
+    return x - (length / norm).astype(x.dtype) * _trees.widen(a)
+
+  return jax.tree.map(leaf, tree, along), length, usable
 
 
 # Jitted, so that jax_debug_infs does not see the threshold.

@@ -63,19 +63,21 @@ def check_found(
   update of a small tree with the structure of ``params``: what the gradient
   adds to the momentum must be a positive multiple of it.
   """
-  count = len(find(state, params))
-  if count != 1:
-    raise _checks.no_momentum(f'it keeps {count}')
+  found = find(state, params)
+  if len(found) != 1:
+    raise _checks.no_momentum(f'it keeps {len(found)}')
   random = np.random.default_rng(0)
 
   def small(w):
     return np.zeros([min(size, 2) for size in jnp.shape(w)])
 
-  def grad(zeros):  # So small that no clipping acts, and exact.
-    return 2.0**-20 * random.choice([-3, -2, -1, 1, 2, 3], zeros.shape)
+  def grad(zeros, m):
+    # So small that no clipping acts, but exact, also in float16.
+    size = max(2.0**-20, 16 * float(jnp.finfo(_checks.dtype_of(m)).tiny))
+    return size * random.choice([-3, -2, -1, 1, 2, 3], zeros.shape)
 
   zeros = jax.tree.map(small, params)
-  grads = jax.tree.map(grad, zeros)
+  grads = jax.tree.map(grad, zeros, *found)
   with jax.ensure_compile_time_eval():  # Under jit, too.
     dtypes = jax.tree.map(_trees.accumulator_dtype, params)
     zeros = jax.tree.map(jnp.asarray, zeros, dtypes)

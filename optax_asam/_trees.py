@@ -34,6 +34,21 @@ def zeros_like(w: Any) -> jax.Array:
   return jnp.zeros_like(w, dtype=accumulator_dtype(w))
 
 
+def cast_like(tree: PyTree, like: PyTree) -> PyTree:
+  """``tree`` in the dtypes of ``like``, which may hold Python floats.
+
+  ``optax.tree.cast_like`` needs arrays, and warns of NumPy's float64.
+  """
+  return jax.tree.map(
+    lambda x, y: jnp.asarray(x, _checks.dtype_of(y)), tree, like
+  )
+
+
+def average(tree: PyTree, axis_name: Any) -> PyTree:
+  """The mean over the mapped axes ``axis_name``, if it is not None."""
+  return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+
+
 def finite_ema(
   decay: jax.typing.ArrayLike, average: PyTree, grads: optax.Updates
 ) -> PyTree:
@@ -132,13 +147,9 @@ def is_function(mask: Mask) -> bool:
   A function may itself be a pytree: Optimistix wraps closures in modules.
   """
   leaves = jax.tree.leaves(mask)
-  return (
-    callable(mask)
-    and bool(leaves)
-    and not any(
-      isinstance(leaf, (bool, np.bool_)) or _checks.is_array(leaf)
-      for leaf in leaves
-    )
+  return callable(mask) and not any(
+    isinstance(leaf, (bool, np.bool_)) or _checks.is_array(leaf)
+    for leaf in leaves
   )
 
 

@@ -56,8 +56,9 @@ def asam(
       ball :math:`\|T_w^{-1} \epsilon\|_p \le \rho`. The formula above is for
       p = 2.
     mask: Which leaves are perturbed: a pytree of bools with the structure of
-      ``params`` or a prefix of it, a function from ``params`` to one, or None
-      for all. The norm is taken over those leaves alone.
+      ``params`` or a prefix of it (but not a single bool), a function from
+      ``params`` to one, or None for all. The norm is taken over those leaves
+      alone.
     ascent_steps: Number of ascent steps, each of which costs a gradient.
     every_k: The second gradient is taken on updates 0, k, 2k, ...; all other
       updates are those of ``base_tx``.

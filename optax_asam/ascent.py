@@ -45,8 +45,8 @@ def steepest_ascent(
       non-negative arrays that broadcast to their parameter, or Python ones.
     ord: The order p of the norm, in [1.001, inf].
     mask: Which leaves are perturbed; the norm is taken over those alone. A
-      pytree of bools with the structure of ``params`` or a prefix of it, a
-      function from ``params`` to one, or None for all.
+      pytree of bools with the structure of ``params`` or a prefix of it (but
+      not a single bool), a function from ``params`` to one, or None for all.
 
   Returns:
     A stateless :class:`optax.GradientTransformation` whose ``update`` needs
@@ -92,10 +92,7 @@ def steepest_ascent(
     params = _checks.checked_params(params, updates)
     eps, state = ascent.update(updates, state, params)
     eps = _trees.fill_masked(eps, params)
-    eps = jax.tree.map(
-      lambda e, w: jnp.asarray(e, _checks.dtype_of(w)), eps, params
-    )
-    return eps, state
+    return _trees.cast_like(eps, params), state
 
   return optax.GradientTransformation(init_fn, update_fn)
 
@@ -224,8 +221,7 @@ def friendly(
     <https://arxiv.org/abs/2403.12350>`_, 2024, algorithm 1.
   """
   _checks.check_scale('sigma', sigma, '1.0')
-  _checks.check_scale('decay', decay, '0.9')
-  _checks.check_below_one('decay', decay, '0.9')
+  _checks.check_scale('decay', decay, '0.9', below_one=True)
 
   def init_fn(params):
     _checks.check_params(params)

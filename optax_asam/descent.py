@@ -57,19 +57,15 @@ def gsam(alpha: chex.Numeric = 0.4) -> Descent:
   _checks.check_scale('alpha', alpha, '0.4')
 
   def descent(grads, perturbed_grads):
-    norm, usable = _geometry.guarded_norm(perturbed_grads)
-    # The length of the part of g along g~. It is not divided by the square of
-    # the norm, which XLA would simplify, as in `_geometry.guarded_root`.
-    length = _trees.dot(grads, perturbed_grads) / norm
+    rejections, _, usable = _geometry.rejection(grads, perturbed_grads)
 
-    def leaf(g, h):
-      h_wide = _trees.widen(h)
-      projection = (length / norm).astype(h_wide.dtype)
-      rejection = _trees.widen(g) - projection * h_wide
-      result = h_wide - jnp.asarray(alpha, h_wide.dtype) * rejection
-      return jnp.where(usable, result, h_wide).astype(h.dtype)
+    def leaf(r, h):
+      wide = _trees.widen(h)
+      result = wide - jnp.asarray(alpha, wide.dtype) * r.astype(wide.dtype)
+      return jnp.where(usable, result, wide)
 
-    return jax.tree.map(leaf, grads, perturbed_grads)
+    result = jax.tree.map(leaf, rejections, perturbed_grads)
+    return _trees.cast_like(result, perturbed_grads)
 
   return descent
 
@@ -102,16 +98,16 @@ def wsam(gamma: chex.Numeric = 0.9) -> Descent:
     Yue et al., `Sharpness-Aware Minimization Revisited: Weighted Sharpness as a
     Regularization Term <https://arxiv.org/abs/2305.15817>`_, 2023, equation 9.
   """
-  _checks.check_scale('gamma', gamma, '0.9')
-  _checks.check_below_one('gamma', gamma, '0.9')
+  _checks.check_scale('gamma', gamma, '0.9', below_one=True)
 
   def descent(grads, perturbed_grads):
     def leaf(g, h):
-      h_wide = _trees.widen(h)
-      gamma_ = jnp.asarray(gamma, h_wide.dtype)
+      wide = _trees.widen(h)
+      gamma_ = jnp.asarray(gamma, wide.dtype)
       weight = gamma_ / (1 - gamma_)
-      return ((1 - weight) * _trees.widen(g) + weight * h_wide).astype(h.dtype)
+      return (1 - weight) * jnp.asarray(g, wide.dtype) + weight * wide
 
-    return jax.tree.map(leaf, grads, perturbed_grads)
+    result = jax.tree.map(leaf, grads, perturbed_grads)
+    return _trees.cast_like(result, perturbed_grads)
 
   return descent

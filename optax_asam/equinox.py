@@ -121,7 +121,6 @@ def filter_value_and_grad(
     _checks.checked_ascent_fun(fun, ascent_fun, has_aux), has_aux=has_aux
   )
 
-  @functools.wraps(fun)
   def value_and_grad_fn(*args, **kwargs):
     if not args:
       raise TypeError(
@@ -152,7 +151,9 @@ def filter_value_and_grad(
 
     return estimate(params, value_and_grad_at, ascent_grad_at)
 
-  return value_and_grad_fn
+  if isinstance(fun, eqx.Module):  # Its fields would become attributes.
+    return value_and_grad_fn
+  return functools.wraps(fun)(value_and_grad_fn)
 
 
 @_estimator.usable_as_decorator

@@ -155,7 +155,7 @@ def looksam(
     params = _checks.checked_params(params, updates)
 
     def average(tree):
-      return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+      return _trees.average(tree, axis_name)
 
     def look():
       grads, (_, value, _) = sharpness_aware.update(
@@ -167,7 +167,7 @@ def looksam(
         **extra_args,
       )
       direction = _direction(average(updates), grads)
-      return grads, value, optax.tree.cast_like(direction, state.direction)
+      return grads, value, _trees.cast_like(direction, state.direction)
 
     def reuse():
       grads = _along(average(updates), state.direction, alpha)
@@ -197,16 +197,7 @@ def _direction(
   grads: optax.Updates, perturbed_grads: optax.Updates
 ) -> optax.Updates:
   """The part of g~ that is orthogonal to g, as a unit vector, or zero."""
-  g_norm, usable = _geometry.guarded_norm(grads)
-  # The length of the part of g~ along g. It is not divided by the square of the
-  # norm, which XLA would simplify, as in `_geometry.guarded_root`.
-  length = _trees.dot(grads, perturbed_grads) / g_norm
-
-  def rejection(g, h):
-    h = _trees.widen(h)
-    return h - (length / g_norm).astype(h.dtype) * _trees.widen(g)
-
-  rejections = jax.tree.map(rejection, grads, perturbed_grads)
+  rejections, length, usable = _geometry.rejection(perturbed_grads, grads)
   norm, is_normal = _geometry.guarded_norm(rejections)
   # If g~ equals g but for rounding, as with rho = 0, what is left is noise, and
   # as a unit vector it would be as large as any signal.

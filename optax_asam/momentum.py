@@ -126,8 +126,7 @@ def momentum_asam(
   _checks.check_ord(ord)
   _trees.check_mask(mask)
   if momentum is not None:
-    _checks.check_scale('momentum', momentum, '0.9')
-    _checks.check_below_one('momentum', momentum, '0.9')
+    _checks.check_scale('momentum', momentum, '0.9', below_one=True)
   base_tx = optax.with_extra_args_support(base_tx)
 
   def init_fn(params):

@@ -355,7 +355,7 @@ def _is_graph_mode() -> bool:
 
 
 def _is_node(node: Any) -> bool:
-  """Whether ``node`` is a module that was split or, in tree mode, a variable."""
+  """Whether ``node`` is a split module, or in tree mode a variable."""
   return isinstance(node, (nnx.NodeStates, nnx.Variable))
 
 

@@ -234,8 +234,9 @@ def elementwise(
     eta: The constant :math:`\eta \ge 0`, a number or a traced scalar. With it,
       weights that are zero are perturbed, too.
     mask: Which leaves are normalized; the others have :math:`T_w = 1`. A pytree
-      of bools with the structure of ``params`` or a prefix of it, a function
-      from ``params`` to one, or None for all. By default, all but biases.
+      of bools with the structure of ``params`` or a prefix of it (but not a
+      single bool), a function from ``params`` to one, or None for all. By
+      default, all but biases.
 
   Returns:
     A function from ``params`` to :math:`T_w`: a pytree like ``params`` whose
@@ -306,7 +307,7 @@ def filterwise(
     count as one. Mask them out, or normalize element-wise.
   """
   _checks.check_static('axis', axis)
-  if isinstance(axis, bool) or not isinstance(axis, int):
+  if isinstance(axis, bool) or not isinstance(axis, _checks.Integer):
     raise TypeError(
       f'axis must be an int, the axis of output channels, but got {axis!r}.'
       f' For example: axis=-1 (Flax, Haiku) or axis=0 (Equinox).'
@@ -381,7 +382,8 @@ def of(eta: chex.Numeric, adaptive: bool | Normalization) -> Normalization:
 def _masked(operator, eta, mask) -> Normalization:
   """``operator(w) + eta`` at the leaves that ``mask`` selects, 1 elsewhere."""
   _checks.check_scale('eta', eta, '0.01')
-  _trees.check_mask(mask)
+  if not _trees.is_function(mask):
+    _checks.check_bools(mask)
 
   def leaf(selected, w):
     if not selected:

@@ -69,11 +69,12 @@ def sharpness_aware(
       sharpness-aware. With ``every_k``, both must hold. A skipped update costs
       what the base optimizer costs, and advances the state of the ascent.
     axis_name: Name of the mapped axis, or names of axes, over which the result
-      is averaged: the second gradient (and g, if ``descent`` takes it) and
-      ``perturbed_value``. Local gradients give a perturbation per device,
-      averaged gradients a shared one; with several ascent steps, a shared one
-      also needs a ``pmean`` inside ``grad_fn``. An ascent whose state depends
-      on gradients needs averaged ones, or replicas diverge.
+      is averaged: the gradient that is passed on, also by skipped updates (and
+      g, if ``descent`` takes it), and ``perturbed_value``. Local gradients
+      give a perturbation per device, averaged gradients a shared one; with
+      several ascent steps, a shared one also needs a ``pmean`` inside
+      ``grad_fn``. An ascent whose state depends on gradients needs averaged
+      ones, or replicas diverge.
     perturbed_dtype: The floating dtype in which w + eps is formed and passed to
       the gradient function. By default each parameter's own: bfloat16 loses
       most of a small perturbation.
@@ -164,10 +165,14 @@ def sharpness_aware(
     )
 
     def ascend(grads):
-      return ascent.update(grads, state.ascent_state, params, **extra_args)
+      eps, ascent_state = ascent.update(
+        grads, state.ascent_state, params, **extra_args
+      )
+      _checks.check_perturbation(eps, params)
+      return eps, ascent_state
 
     def average(tree):
-      return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+      return _trees.average(tree, axis_name)
 
     def perturbed_pass():
       eps, ascent_state = ascend(updates)
@@ -256,7 +261,7 @@ def descend(
     grads,
     write='For example: descent=lambda g, h: optax.tree.add(g, h).',
   )
-  return optax.tree.cast_like(result, grads)
+  return _trees.cast_like(result, grads)
 
 
 def _value_and_grad_fn(
@@ -273,7 +278,7 @@ def _value_and_grad_fn(
   def of_grad_fn(params):
     grads = function(params)
     _checks.check_grads(grads, params)
-    return None, optax.tree.cast_like(grads, updates)
+    return None, _trees.cast_like(grads, updates)
 
   def of_value_fn(params):
     def value_fn(params):
@@ -282,7 +287,7 @@ def _value_and_grad_fn(
       return value
 
     value, grads = jax.value_and_grad(value_fn)(params)
-    return value, optax.tree.cast_like(grads, updates)
+    return value, _trees.cast_like(grads, updates)
 
   return of_grad_fn if name == 'grad_fn' else of_value_fn
 

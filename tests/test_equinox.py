@@ -158,6 +158,24 @@ def test_options(model):
   assert error(grads, expected[1]) < 1e-6
 
 
+class Loss(eqx.Module):
+  """A loss that holds an array."""
+
+  target: jax.Array
+
+  def __call__(self, model, x):
+    """The squared distance."""
+    return jnp.sum((model(x) - self.target) ** 2)
+
+
+def test_loss_is_a_module(model):
+  """Equinox would warn of a function that holds the module's arrays."""
+  wrapped = optax_asam.equinox.filter_grad(Loss(jnp.ones(2)), rho=0.0)
+  x = jnp.ones(3)
+  expected = eqx.filter_grad(Loss(jnp.ones(2)))(model, x)
+  assert error(eqx.filter_jit(wrapped)(model, x), expected) < 1e-6
+
+
 def test_mask_is_a_module(model):
   """Of bools, made as users of Equinox make the spec of a partition."""
   mask = jax.tree.map(lambda _: False, model)

@@ -190,6 +190,11 @@ def partitioned():
   return optax.partition({'asam': asam(SGD), 'sgd': SGD}, LABELS).init(PARAMS)
 
 
+def as_ascent(eps):
+  """An ascent that returns ``eps``."""
+  return optax.stateless(lambda grads, params: eps)
+
+
 TYPE_ERRORS = [
   (lambda: sharpness_aware(normalization.elementwise()), 'steepest_ascent('),
   *[
@@ -275,7 +280,7 @@ VALUE_ERRORS = [
     for axis in (-4, 3, 4)
   ],
   (
-    lambda: normalization.elementwise(mask={'w': False, 'activation': None}),
+    lambda: asam(SGD, mask={'w': False, 'activation': None}),
     "mask & 'w': False & mask=None",
   ),
   (
@@ -305,7 +310,7 @@ VALUE_ERRORS = [
   ),
   (
     lambda: good_update(value_fn=loss_fn, obj_fn=loss_fn),
-    'grad_fn=grad_fn & got grad_fn and value_fn and obj_fn',
+    'grad_fn=grad_fn & got grad_fn and value_fn',
   ),
   (lambda: good_update(grads={'dense': {'kernel': 1.0}}), f'grads & {BIAS}'),
   (
@@ -321,6 +326,19 @@ VALUE_ERRORS = [
     lambda: good_update(asam(SGD, descent=lambda g, h: (g, h))),
     'descent & tuple & descent=lambda',
   ),
+  *[
+    (
+      lambda eps=eps: good_update(sharpness_aware(as_ascent(eps))),
+      f'ascent & {BIAS} & {got} & rho_ball',
+    )
+    for eps, got in (
+      (
+        {'dense': {**PARAMS['dense'], 'bias': jnp.ones((3, 3))}},
+        '(3, 3) & (3,)',
+      ),
+      ({'dense': {'kernel': jnp.ones((2, 3))}}, 'is missing'),
+    )
+  ],
   (lambda: optax.masked(asam(SGD), MASK).init(PARAMS), GOES_INSIDE),
   (partitioned, GOES_INSIDE),
   (lambda: good_update(grads=MASKED, params=MASKED), 'MaskedNode'),

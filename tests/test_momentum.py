@@ -167,6 +167,7 @@ def test_reference(x64, name):
 # Optax's optimizers that average gradients, and in which field.
 FOUND = {
   'sgd': SGD,
+  'float16': optax.adam(0.01, mu_dtype=jnp.float16),
   'nesterov': optax.sgd(0.1, momentum=0.5, nesterov=True),
   'bfloat16': optax.sgd(0.1, momentum=0.9, accumulator_dtype=jnp.bfloat16),
   'adam': ADAM,

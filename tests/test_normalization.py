@@ -72,8 +72,13 @@ def test_python_ones():
     assert t(params)['bias'] is 1  # noqa: F632
     assert t(params)['kernel'] is not 1  # noqa: F632
   assert normalization.identity()(params) == {'kernel': 1, 'bias': 1}
-  # A tree of biases alone is a SAM step, not an error.
+  # Nothing to normalize is a SAM step, not an error.
   assert normalization.elementwise()({'bias': jnp.ones(2)}) == {'bias': 1}
+  none = {'kernel': False, 'bias': False}
+  assert normalization.elementwise(mask=none)(params) == {
+    'kernel': 1,
+    'bias': 1,
+  }
 
 
 class Layer(NamedTuple):
@@ -213,6 +218,10 @@ def test_mask_function_in_a_pytree():
       return cls(*children)
 
   params = {'kernel': jnp.ones(2), 'bias': jnp.ones(2)}
-  t = normalization.elementwise(0.5, mask=Closure(object()))(params)
-  np.testing.assert_allclose(t['kernel'], 1.5)
-  assert t['bias'] == 1
+  for mask in (
+    Closure(object()),
+    jax.tree_util.Partial(normalization.not_bias),  # without leaves
+  ):
+    t = normalization.elementwise(0.5, mask=mask)(params)
+    np.testing.assert_allclose(t['kernel'], 1.5)
+    assert t['bias'] == 1

@@ -15,6 +15,7 @@ import pytest
 from optax_asam import SharpnessAwareState
 from optax_asam import asam
 from optax_asam import ascent
+from optax_asam import descent
 from optax_asam import looksam
 from optax_asam import momentum_asam
 from optax_asam import sharpness_aware
@@ -109,6 +110,11 @@ def test_arguments_of_value_fn(params):
   for name in ('value_fn', 'obj_fn'):
     got = update(**{name: scaled, 'scale': 3, 'other': 0})
     assert_same_bits(got, expected)
+  # The base may need `obj_fn`, so it may be given beside `grad_fn`.
+  assert_same_bits(
+    update(grad_fn=jax.grad(polynomial), obj_fn=None),
+    update(grad_fn=jax.grad(polynomial), obj_fn=scaled),
+  )
   # Without a signature that can be read, it gets params alone.
   no_signature = jax.tree_util.Partial(polynomial)
   no_signature.__signature__ = 0
@@ -211,6 +217,17 @@ def test_python_floats():
       grad_fn(params), tx.init(params), params, grad_fn=grad_fn
     )
     np.testing.assert_allclose(updates['w'], -0.2 * 2.255, rtol=1e-6)
+  # NumPy's scalars are float64, of which JAX would warn.
+  for number in (float, np.float64):
+    grads, perturbed_grads = {'w': number(3.0)}, {'w': number(4.51)}
+    for tx in (
+      *(looksam(optax.sgd(0.1)), asam(optax.sgd(0.1))),
+      *(asam(SGD, descent=f) for f in (descent.gsam(0.0), descent.wsam(0.5))),
+    ):
+      updates, _ = tx.update(
+        grads, tx.init(params), params, grad_fn=lambda _, g=perturbed_grads: g
+      )
+      np.testing.assert_allclose(updates['w'], -0.451, rtol=1e-6)
 
 
 class OddState(NamedTuple):
