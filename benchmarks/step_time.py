@@ -3,9 +3,9 @@
   python -m benchmarks.step_time --out out/step_time
   python -m benchmarks.step_time --report
 
-The first writes step_time.json (with --device gpu, step_time_<card>.json) after
-each model; the second makes the tables of README.md and the chart from what is
-in results/.
+The first writes step_time.json (with --device gpu, step_time_<card>.json) when
+all models are finished; until then they are in .partial-step_time.json. The
+second makes the tables of README.md and the chart from what is in results/.
 """
 
 import argparse
@@ -343,7 +343,7 @@ def main(argv: Sequence[str]) -> None:
   card = re.sub(r'\W+', '_', results['machine'].lower()).strip('_')
   suffix = f'_{card}' if args.device == 'gpu' else ''
   path = args.out / f'step_time{suffix}.json'
-  partial = path.with_suffix('.partial.json')
+  partial = path.with_name(f'{records.PARTIAL}{path.name}')
 
   def add(rows):
     results['rows'] += rows
@@ -361,35 +361,40 @@ def main(argv: Sequence[str]) -> None:
         flush=True,
       )
 
-  if args.torch:
-    # First, because it is quick, in a sixth of the time.
-    for found in measure_in_torch(
-      args.torch, args.device, args.models, 60 * args.minutes / 6
-    ):
-      if 'versions' in found:
-        results['versions'] |= found['versions']
-      elif found['method'] in args.methods:
-        add([found])
-  for i, name in enumerate(args.models):
-    left = end - time.monotonic()
-    if left <= 0:
-      print(f'{name}: no time is left for it', file=sys.stderr)
-      continue
-    with reporting(name):
-      add(
-        measure(
-          name,
-          args.device,
-          methods=args.methods,
-          seconds=left / (len(args.models) - i),
-          compile_seconds=0.4 * left,
-          jobs=args.jobs or (8 if args.device == 'gpu' else 1),
-          compile_rounds=args.compile_rounds,
-          min_rounds=args.min_rounds,
-          max_rounds=args.max_rounds,
+  try:
+    if args.torch:
+      # First, because it is quick, in a sixth of the time.
+      for found in measure_in_torch(
+        args.torch, args.device, args.models, 60 * args.minutes / 6
+      ):
+        if 'versions' in found:
+          results['versions'] |= found['versions']
+        elif found['method'] in args.methods:
+          add([found])
+    for i, name in enumerate(args.models):
+      left = end - time.monotonic()
+      if left <= 0:
+        print(f'{name}: no time is left for it', file=sys.stderr)
+        continue
+      with reporting(name):
+        add(
+          measure(
+            name,
+            args.device,
+            methods=args.methods,
+            seconds=left / (len(args.models) - i),
+            compile_seconds=0.4 * left,
+            jobs=args.jobs or (8 if args.device == 'gpu' else 1),
+            compile_rounds=args.compile_rounds,
+            min_rounds=args.min_rounds,
+            max_rounds=args.max_rounds,
+          )
         )
-      )
-    jax.clear_caches()
+      jax.clear_caches()
+  except BaseException:
+    if results['rows']:
+      print(f'Finished models are in {partial}.', file=sys.stderr)
+    raise
   # Not before: an interrupted run must not replace a finished one.
   if results['rows']:
     partial.replace(path)

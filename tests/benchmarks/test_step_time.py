@@ -118,6 +118,28 @@ def test_failures_are_reported(capsys, monkeypatch):
   assert 'tiny, asam: ValueError: broken' in capsys.readouterr().err
 
 
+def test_interrupted_run(tmp_path, capsys, monkeypatch):
+  """It keeps the finished models where no report finds them, and says so."""
+  out = tmp_path / 'results'
+  row = timing.make_row('MLP', 'base', 4, np.ones(3), np.ones(3))
+
+  def measure(name, *args, **kwargs):
+    if name == 'LM':
+      raise KeyboardInterrupt
+    return [row]
+
+  monkeypatch.setattr(step_time, 'measure', measure)
+  monkeypatch.setattr(step_time_report, 'ROOT', tmp_path)
+  with pytest.raises(KeyboardInterrupt):
+    step_time.main(['--models', 'MLP', 'LM', '--out', str(out)])
+  assert step_time_report.load() == {}
+  [path] = out.iterdir()
+  assert json.loads(path.read_text())['rows'] == [row]
+  assert f'Finished models are in {path}.' in capsys.readouterr().err
+  step_time.main(['--models', 'MLP', '--out', str(out)])
+  assert list(step_time_report.load()) == ['step_time']
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', [*models.MODULES])
 def test_twins(name):
