@@ -20,6 +20,7 @@ import pytest
 from benchmarks import collectives
 from benchmarks import compiled
 from benchmarks import large_models
+from benchmarks import markdown
 from benchmarks import step_time_report
 from benchmarks import steps
 from benchmarks import tpu_aot
@@ -252,6 +253,21 @@ def test_step_time_page():
   assert step_time_report.page(text, recorded) == text
   first = step_time_report.FIRST_PAGE.read_text()
   assert step_time_report.first_page(first, recorded) == first
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    'no markers',
+    '<!-- cost -->\n\nno end',
+    '<!-- cost -->\n\nno end\n\n<!-- other -->\n\n1\n\n<!-- end -->',
+    '<!-- cost -->\n\n1\n\n<!-- end -->\n\n' * 2,
+  ],
+)
+def test_missing_markers(text):
+  """A page without the place of a table is an error."""
+  with pytest.raises(ValueError, match=r'<!-- cost --> .* found [02]'):
+    markdown.replace_between(text, 'cost', 'new')
 
 
 @pytest.mark.parametrize(
