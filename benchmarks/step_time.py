@@ -39,7 +39,8 @@ from benchmarks import workloads
 from experiments.report import records
 
 ROOT = Path(__file__).parent
-# No step of its own: its costs are a mean of those of the base and of ASAM.
+# No step of its own: its time is a mean of those of the base and of ASAM, and
+# its programs are those of every_5.
 LATE = 'late_20'
 TORCH = ('torch_base', 'torch_asam', 'torch_asam_authors')
 # As the table has them.
@@ -155,7 +156,7 @@ def measure(
   Args:
     name: One of ``workloads.WORKLOADS``.
     device: 'cpu' or 'gpu', for the size of the batch.
-    methods: Names; the base is always there.
+    methods: Names; the base is always there, as is what ``LATE`` needs.
     seconds: The time for everything; at least a few rounds are timed.
     compile_seconds: The time after which no compilation is started.
     jobs: The number of threads that compile. With several, the times of
@@ -166,6 +167,8 @@ def measure(
   start = time.monotonic()
   model, base_tx = models.make(name, device), models.optimizer(name)
   batch = models.random_batch(name, model)
+  if LATE in methods:
+    methods = [*methods, 'asam', 'every_5']
   made = {}
   for method in dict.fromkeys(('base', *methods)):
     if method in steps.METHODS:

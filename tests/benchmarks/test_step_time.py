@@ -140,6 +140,16 @@ def test_interrupted_run(tmp_path, capsys, monkeypatch):
   assert list(step_time_report.load()) == ['step_time']
 
 
+def test_late_alone(quickly_compiled):
+  """It measures what it is computed from."""
+  rows = step_time.measure(
+    'tiny', 'cpu', methods=['late_20'], seconds=0, min_rounds=1
+  )
+  methods = [row['method'] for row in rows]
+  assert methods == ['base', 'asam', 'every_5', 'late_20']
+  assert rows[-1]['instructions'] == rows[-2]['instructions'] > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', [*models.MODULES])
 def test_twins(name):
