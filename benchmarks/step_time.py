@@ -250,9 +250,12 @@ def compile_all(
     for each in todo[1:]:
       compile_one(*each)
   else:
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-      for each in todo[1:]:
-        pool.submit(compile_one, *each)
+    pool = concurrent.futures.ThreadPoolExecutor(jobs)
+    try:
+      for future in [pool.submit(compile_one, *each) for each in todo[1:]]:
+        future.result()
+    finally:
+      pool.shutdown(cancel_futures=True)
   return programs
 
 

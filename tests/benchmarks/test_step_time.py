@@ -1,6 +1,8 @@
 """Promise: step times are compared within rounds, and all are written."""
 
 import json
+import math
+import time
 
 import jax
 import numpy as np
@@ -138,6 +140,26 @@ def test_interrupted_run(tmp_path, capsys, monkeypatch):
   assert f'Finished models are in {path}.' in capsys.readouterr().err
   step_time.main(['--models', 'MLP', '--out', str(out)])
   assert list(step_time_report.load()) == ['step_time']
+
+
+def test_interrupted_compilation(monkeypatch):
+  """It does not wait for the programs that are still queued."""
+  calls = []
+
+  def build(*args):
+    calls.append(args)
+    if len(calls) == 3:
+      raise KeyboardInterrupt
+    time.sleep(0.1)
+
+  monkeypatch.setattr(step_time, 'build', build)
+  model, base_tx = models.make('tiny', 'cpu'), models.optimizer('tiny')
+  made = {str(i): steps.METHODS['base'](model, base_tx) for i in range(30)}
+  with pytest.raises(KeyboardInterrupt):
+    step_time.compile_all(
+      made, model.batch, 'tiny', jobs=2, rounds=1, end=math.inf
+    )
+  assert len(calls) < len(made)
 
 
 def test_late_alone(quickly_compiled):
