@@ -165,6 +165,7 @@ def main(argv: Sequence[str]) -> None:
   count = f'--xla_force_host_platform_device_count={max(DEVICES)}'
   os.environ['XLA_FLAGS'] = f'{flags} {count}'
   jax.config.update('jax_platforms', 'cpu')
+  known = records.provenance('benchmarks.collectives', argv)
   cases = [
     {
       'layout': layout,
@@ -176,10 +177,7 @@ def main(argv: Sequence[str]) -> None:
       LAYOUTS, DEVICES, steps.NAMES
     )
   ]
-  results = {
-    **records.provenance('benchmarks.collectives', argv),
-    'cases': cases,
-  }
+  results = {**known, 'cases': cases}
   args.out.mkdir(parents=True, exist_ok=True)
   records.write_json(args.out / 'collectives.json', results)
   print(table(results))

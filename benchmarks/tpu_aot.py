@@ -63,19 +63,45 @@ def chips(topology: str) -> Sequence[Any]:
   jax.config.update('jax_platforms', 'cpu')
   from jax.experimental import topologies
 
-  try:
-    importlib.metadata.version('libtpu')
-  except importlib.metadata.PackageNotFoundError as error:
-    raise RuntimeError(
-      "the TPU compiler is not installed. For example: pip install 'jax[tpu]'"
-    ) from error
+  compiler_version()
   return topologies.get_topology_desc(
     platform='tpu', topology_name=topology
   ).devices
 
 
-def run_case(model: str, topology: str, step: str, folder: Path) -> None:
-  """Compiles one case, and writes its costs and program to ``folder``."""
+def compiler_version() -> str:
+  """The version of libtpu.
+
+  Raises:
+    RuntimeError: It is missing.
+  """
+  try:
+    return importlib.metadata.version('libtpu')
+  except importlib.metadata.PackageNotFoundError as error:
+    raise RuntimeError(
+      "the TPU compiler is not installed. For example: pip install 'jax[tpu]'"
+    ) from error
+
+
+def provenance(program: str, argv: Sequence[str]) -> dict[str, Any]:
+  """``records.provenance``, with the version of the TPU compiler."""
+  version = compiler_version()
+  known = records.provenance(program, argv)
+  known['versions']['libtpu'] = version
+  return known
+
+
+def run_case(
+  model: str,
+  topology: str,
+  step: str,
+  folder: Path,
+  known: Mapping[str, Any],
+) -> None:
+  """Compiles one case, and writes its costs and program to ``folder``.
+
+  The costs come with ``known``, the provenance of the case.
+  """
   make_network, parameters = MODELS[model]
   devices = chips(topology)
   network = make_network(len(devices))
@@ -93,7 +119,7 @@ def run_case(model: str, topology: str, step: str, folder: Path) -> None:
     'parameters': parameters,
     'mesh': dict(network.mesh_axes),
     'batch': jax.tree.map(lambda leaf: list(leaf.shape), network.batch),
-    **provenance([]),
+    **known,
   }
   start = time.perf_counter()
   try:
@@ -110,13 +136,6 @@ def run_case(model: str, topology: str, step: str, folder: Path) -> None:
     (folder / TEXT).write_bytes(gzip.compress(text.encode()))
   case['compile_s'] = round(time.perf_counter() - start, 1)
   records.write_json(folder / CASE, case)
-
-
-def provenance(argv: Sequence[str]) -> dict[str, Any]:
-  """The command, the commit and the versions, that of the compiler too."""
-  found = records.provenance('benchmarks.tpu_aot', argv)
-  found['versions']['libtpu'] = importlib.metadata.version('libtpu')
-  return found
 
 
 def collect(out: Path) -> list[dict[str, Any]]:
@@ -252,18 +271,20 @@ def main(argv: Sequence[str]) -> None:
     )
   parser.add_argument('--out', type=Path, default=Path('out/tpu_aot'))
   args = parser.parse_args(argv)
+  jax.config.update('jax_platforms', 'cpu')
+  known = provenance('benchmarks.tpu_aot', argv)
   for case in itertools.product(args.models, args.topologies, args.steps):
     folder = _folder(args.out, *case)
     if not (folder / CASE).exists():
       folder.mkdir(parents=True, exist_ok=True)
-      run_case(*case, folder)
+      run_case(*case, folder, known)
     result = json.loads((folder / CASE).read_text())
-    print(', '.join(case), f'{result["compile_s"]:.0f} s', flush=True)
+    line = f'{", ".join(case)} {result["compile_s"]:.0f} s'
+    if result['commit'] != known['commit']:
+      line += f', kept from commit {result["commit"]}'
+    print(line, flush=True)
   cases = collect(args.out)
-  records.write_json(
-    args.out / 'tpu_aot.json',
-    {**provenance(argv), 'cases': cases},
-  )
+  records.write_json(args.out / 'tpu_aot.json', {**known, 'cases': cases})
   print('', *tables(cases), sep='\n\n')
   found = [
     f'{case["model"]}, {case["topology"]}, {case["step"]}: {objection}'
