@@ -82,23 +82,12 @@ def loss_fn(params: Any, batch: jax.Array) -> jax.Array:
   return jnp.mean(x**2)
 
 
-def compile_for(
-  net: large_models.Network,
-  step: steps.Step,
-  init: Callable[[optax.Params], optax.OptState],
-) -> jax.stages.Compiled:
-  """Compiles a step for the mesh of a network."""
-  return steps.compile_step(
-    step, init, net, net.mesh(jax.devices()), batch=P('data')
-  )
-
-
 def measure(layout: str, devices: int, step: str) -> compiled.Cost:
-  """The cost of one of ``steps.NAMES``."""
-  init, all_steps = steps.make_steps(loss_fn, BASE_TX)
-  return compiled.read(
-    compile_for(network(layout, devices), all_steps[step], init)
+  """The cost of one of ``steps.PARTITIONED``."""
+  program = steps.compile_step(
+    steps.METHODS[step], BASE_TX, network(layout, devices), jax.devices()
   )
+  return compiled.read(program)
 
 
 def describe(cost: compiled.Cost) -> dict[str, Any]:
@@ -124,7 +113,7 @@ def table(results: Mapping[str, Any], numbers: Sequence[int] = DEVICES) -> str:
     for case in results['cases']
   }
   for layout, n in itertools.product(LAYOUTS, numbers):
-    asam, two = cases[layout, n, 'asam'], cases[layout, n, 'two gradients']
+    asam, two = cases[layout, n, 'asam'], cases[layout, n, 'two_gradients']
     sent, memory = _collectives(two), two['temporary_bytes']
     rows.append(
       [
@@ -174,7 +163,7 @@ def main(argv: Sequence[str]) -> None:
       **describe(measure(layout, devices, step)),
     }
     for layout, devices, step in itertools.product(
-      LAYOUTS, DEVICES, steps.NAMES
+      LAYOUTS, DEVICES, steps.PARTITIONED
     )
   ]
   results = {**known, 'cases': cases}

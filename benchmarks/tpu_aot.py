@@ -25,7 +25,6 @@ import time
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
 import optax
 
 from benchmarks import compiled
@@ -110,8 +109,6 @@ def run_case(
       f'{model} has {large_models.count(network.params)} parameters, not'
       f' {parameters}'
     )
-  mesh = network.mesh(devices)
-  init, all_steps = steps.make_steps(network.loss_fn(mesh), optax.adamw(1e-3))
   case = {
     'model': model,
     'topology': topology,
@@ -124,7 +121,7 @@ def run_case(
   start = time.perf_counter()
   try:
     program = steps.compile_step(
-      all_steps[step], init, network, mesh, batch=PartitionSpec('fsdp')
+      steps.METHODS[step], optax.adamw(1e-3), network, devices
     )
   except jax.errors.JaxRuntimeError as error:
     if 'memory' not in str(error):
@@ -143,7 +140,7 @@ def collect(out: Path) -> list[dict[str, Any]]:
   cases = []
   for model, topology in itertools.product(MODELS, TOPOLOGIES):
     reference = None
-    for step in steps.NAMES:
+    for step in steps.PARTITIONED:
       folder = _folder(out, model, topology, step)
       if not (folder / CASE).exists():
         continue
@@ -162,7 +159,7 @@ def collect(out: Path) -> list[dict[str, Any]]:
         kind: total._asdict()
         for kind, total in compiled.total_by_kind(found).items()
       }
-      if step == 'two gradients':
+      if step == 'two_gradients':
         reference = case['temporary_bytes'], found
       elif step != 'base' and reference:
         temporary_bytes = case['temporary_bytes'] - reference[0]
@@ -226,7 +223,7 @@ def added_table(cases: Sequence[Mapping[str, Any]]) -> str:
   accessed = {}
   for case in cases:
     key = case['model'], case['topology']
-    if case['step'] == 'two gradients':
+    if case['step'] == 'two_gradients':
       accessed[key] = case.get('bytes_accessed')
     if 'added' not in case:
       continue
@@ -264,7 +261,7 @@ def main(argv: Sequence[str]) -> None:
   for name, choices in (
     ('models', MODELS),
     ('topologies', TOPOLOGIES),
-    ('steps', steps.NAMES),
+    ('steps', steps.PARTITIONED),
   ):
     parser.add_argument(
       f'--{name}', nargs='+', choices=choices, default=list(choices)
