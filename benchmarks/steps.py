@@ -406,9 +406,7 @@ def objections(
 def bytes_per_device(network: large_models.Network) -> int:
   """The size of the float32 parameters on one device."""
   return sum(
-    4
-    * math.prod(leaf.shape)
-    // math.prod(network.mesh_axes[axis] for axis in spec if axis)
+    4 * leaf.size // math.prod(network.mesh_axes[axis] for axis in spec if axis)
     for leaf, spec in zip(
       jax.tree.leaves(network.params),
       jax.tree.leaves(network.specs),
