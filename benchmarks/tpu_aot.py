@@ -150,11 +150,9 @@ def collect(out: Path) -> list[dict[str, Any]]:
       cases.append(case)
       if 'error' in case:
         continue
-      case['peak_bytes'] = compiled.Cost(
-        *(case[field] for field in compiled.Cost._fields)
-      ).peak_bytes
-      text = gzip.decompress((folder / TEXT).read_bytes()).decode()
-      found = compiled.collectives(text)
+      cost = compiled.Cost(*(case[field] for field in compiled.Cost._fields))
+      found = [compiled.Collective(*each) for each in cost.collectives]
+      case['peak_bytes'] = cost.peak_bytes
       case['collectives'] = {
         kind: total._asdict()
         for kind, total in compiled.total_by_kind(found).items()
@@ -170,11 +168,6 @@ def collect(out: Path) -> list[dict[str, Any]]:
           'objections': steps.objections(added, temporary_bytes, network),
         }
   return cases
-
-
-def tables(cases: Sequence[Mapping[str, Any]]) -> list[str]:
-  """Memory and compile time, collectives, and what SAM and ASAM add."""
-  return [memory_table(cases), collectives_table(cases), added_table(cases)]
 
 
 def memory_table(cases: Sequence[Mapping[str, Any]]) -> str:
@@ -282,7 +275,8 @@ def main(argv: Sequence[str]) -> None:
     print(line, flush=True)
   cases = collect(args.out)
   records.write_json(args.out / 'tpu_aot.json', {**known, 'cases': cases})
-  print('', *tables(cases), sep='\n\n')
+  for table in (memory_table, collectives_table, added_table):
+    print(f'\n{table(cases)}')
   found = [
     f'{case["model"]}, {case["topology"]}, {case["step"]}: {objection}'
     for case in cases

@@ -8,6 +8,7 @@ import json
 import math
 import pathlib
 import re
+import shlex
 
 import jax
 from jax.flatten_util import ravel_pytree
@@ -29,6 +30,7 @@ from benchmarks.compiled import Collective
 from benchmarks.workloads import ETA
 from benchmarks.workloads import RHO
 from benchmarks.workloads import SAM_RHO
+from experiments.report import records
 from optax_asam import sharpness_aware
 from tests.helpers.support import SHARDY
 from tests.helpers.support import error
@@ -246,6 +248,32 @@ def test_networks():
   """They have as many parameters as what they are named after."""
   for make_network, parameters in tpu_aot.MODELS.values():
     assert large_models.count(make_network(8).params) == parameters
+
+
+def test_tpu_aot(tmp_path, capsys, monkeypatch):
+  """A case has the command that made it; one of another commit is named."""
+  network = functools.partial(collectives.network, 'fully sharded')
+  parameters = large_models.count(network(DEVICES).params)
+  monkeypatch.setattr(tpu_aot, 'MODELS', {'small': (network, parameters)})
+  monkeypatch.setattr(tpu_aot, 'chips', lambda topology: jax.devices())
+  monkeypatch.setattr(tpu_aot, 'compiler_version', lambda: '1.2.3')
+  argv = ['--topologies', 'v5e:2x4', '--out', str(tmp_path), '--steps']
+  for commit, names in {'a': ['base'], 'b': ['base', 'asam']}.items():
+    monkeypatch.setattr(records, 'git_commit', lambda commit=commit: commit)
+    capsys.readouterr()
+    tpu_aot.main([*argv, *names])
+  kept, made, *_ = capsys.readouterr().out.splitlines()
+  assert kept.startswith('small, v5e:2x4, base ')
+  assert kept.endswith(' s, kept from commit a')
+  assert re.fullmatch(r'small, v5e:2x4, asam \d+ s', made)
+  results = json.loads((tmp_path / 'tpu_aot.json').read_text())
+  command = shlex.join(['python', '-m', 'benchmarks.tpu_aot', *argv])
+  commands = [f'{command} base', f'{command} base asam']
+  assert results['command'] == commands[1]
+  assert [case['command'] for case in results['cases']] == commands
+  for case in results['cases']:
+    assert case['versions']['libtpu'] == '1.2.3'
+    assert case['collectives']['all-reduce']['count'] > 0
 
 
 def recorded(name):
