@@ -90,16 +90,6 @@ def measure(layout: str, devices: int, step: str) -> compiled.Cost:
   return compiled.read(program)
 
 
-def describe(cost: compiled.Cost) -> dict[str, Any]:
-  """The part of a program's cost that is recorded."""
-  totals = compiled.total_by_kind(cost.collectives)
-  return {
-    'collectives': {kind: each._asdict() for kind, each in totals.items()},
-    'temporary_bytes': cost.temporary_bytes,
-    'peak_bytes': cost.peak_bytes,
-  }
-
-
 def table(results: Mapping[str, Any], numbers: Sequence[int] = DEVICES) -> str:
   """The results in Markdown, for these numbers of devices."""
   rows: list[list[Any]] = [
@@ -155,17 +145,18 @@ def main(argv: Sequence[str]) -> None:
   os.environ['XLA_FLAGS'] = f'{flags} {count}'
   jax.config.update('jax_platforms', 'cpu')
   known = records.provenance('benchmarks.collectives', argv)
-  cases = [
-    {
-      'layout': layout,
-      'devices': devices,
-      'step': step,
-      **describe(measure(layout, devices, step)),
-    }
-    for layout, devices, step in itertools.product(
-      LAYOUTS, DEVICES, steps.PARTITIONED
+  cases = []
+  for case in itertools.product(LAYOUTS, DEVICES, steps.PARTITIONED):
+    cost = measure(*case)
+    totals = compiled.total_by_kind(cost.collectives)
+    cases.append(
+      {
+        **dict(zip(('layout', 'devices', 'step'), case, strict=True)),
+        'collectives': {kind: each._asdict() for kind, each in totals.items()},
+        'temporary_bytes': cost.temporary_bytes,
+        'peak_bytes': cost.peak_bytes,
+      }
     )
-  ]
   results = {**known, 'cases': cases}
   args.out.mkdir(parents=True, exist_ok=True)
   records.write_json(args.out / 'collectives.json', results)

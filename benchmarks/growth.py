@@ -85,7 +85,7 @@ class Series(NamedTuple):
 
 
 # What a width of 1,024 gives, which can be divided among all devices.
-SHARDED = lambda size: 5 * (1024**2 + 1024)
+SHARDED = 5 * (1024**2 + 1024)
 COMPILED = ('compile_seconds', 'instructions')
 SENT = ('collectives', 'collective_bytes')
 SERIES = {
@@ -102,13 +102,13 @@ SERIES = {
   'devices': Series(
     sizes=(1, 2, 4, 8),
     costs=(*COMPILED, 'temp_bytes', *SENT),
-    parameters=SHARDED,
+    parameters=lambda size: SHARDED,
     devices=lambda size: jax.devices()[:size],
   ),
   'chips': Series(
     sizes=tuple(SLICES),
     costs=(*COMPILED, 'temp_bytes', *SENT),
-    parameters=SHARDED,
+    parameters=lambda size: SHARDED,
     devices=lambda size: tpu_aot.chips(SLICES[size]),
   ),
 }
