@@ -82,33 +82,12 @@ def loss_fn(params: Any, batch: jax.Array) -> jax.Array:
   return jnp.mean(x**2)
 
 
-def compile_for(
-  net: large_models.Network,
-  step: steps.Step,
-  init: Callable[[optax.Params], optax.OptState],
-) -> jax.stages.Compiled:
-  """Compiles a step for the mesh of a network."""
-  return steps.compile_step(
-    step, init, net, net.mesh(jax.devices()), batch=P('data')
-  )
-
-
 def measure(layout: str, devices: int, step: str) -> compiled.Cost:
-  """The cost of one of ``steps.NAMES``."""
-  init, all_steps = steps.make_steps(loss_fn, BASE_TX)
-  return compiled.read(
-    compile_for(network(layout, devices), all_steps[step], init)
+  """The cost of one of ``steps.PARTITIONED``."""
+  program = steps.compile_step(
+    steps.METHODS[step], BASE_TX, network(layout, devices), jax.devices()
   )
-
-
-def describe(cost: compiled.Cost) -> dict[str, Any]:
-  """The part of a program's cost that is recorded."""
-  totals = compiled.total_by_kind(cost.collectives)
-  return {
-    'collectives': {kind: each._asdict() for kind, each in totals.items()},
-    'temporary_bytes': cost.temporary_bytes,
-    'peak_bytes': cost.peak_bytes,
-  }
+  return compiled.read(program)
 
 
 def table(results: Mapping[str, Any], numbers: Sequence[int] = DEVICES) -> str:
@@ -124,7 +103,7 @@ def table(results: Mapping[str, Any], numbers: Sequence[int] = DEVICES) -> str:
     for case in results['cases']
   }
   for layout, n in itertools.product(LAYOUTS, numbers):
-    asam, two = cases[layout, n, 'asam'], cases[layout, n, 'two gradients']
+    asam, two = cases[layout, n, 'asam'], cases[layout, n, 'two_gradients']
     sent, memory = _collectives(two), two['temporary_bytes']
     rows.append(
       [
@@ -165,21 +144,20 @@ def main(argv: Sequence[str]) -> None:
   count = f'--xla_force_host_platform_device_count={max(DEVICES)}'
   os.environ['XLA_FLAGS'] = f'{flags} {count}'
   jax.config.update('jax_platforms', 'cpu')
-  cases = [
-    {
-      'layout': layout,
-      'devices': devices,
-      'step': step,
-      **describe(measure(layout, devices, step)),
-    }
-    for layout, devices, step in itertools.product(
-      LAYOUTS, DEVICES, steps.NAMES
+  known = records.provenance('benchmarks.collectives', argv)
+  cases = []
+  for case in itertools.product(LAYOUTS, DEVICES, steps.PARTITIONED):
+    cost = measure(*case)
+    totals = compiled.total_by_kind(cost.collectives)
+    cases.append(
+      {
+        **dict(zip(('layout', 'devices', 'step'), case, strict=True)),
+        'collectives': {kind: each._asdict() for kind, each in totals.items()},
+        'temporary_bytes': cost.temporary_bytes,
+        'peak_bytes': cost.peak_bytes,
+      }
     )
-  ]
-  results = {
-    **records.provenance('benchmarks.collectives', argv),
-    'cases': cases,
-  }
+  results = {**known, 'cases': cases}
   args.out.mkdir(parents=True, exist_ok=True)
   records.write_json(args.out / 'collectives.json', results)
   print(table(results))

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
-from importlib import metadata
 import json
 import math
 import os
@@ -86,7 +85,7 @@ class Series(NamedTuple):
 
 
 # What a width of 1,024 gives, which can be divided among all devices.
-SHARDED = lambda size: 5 * (1024**2 + 1024)
+SHARDED = 5 * (1024**2 + 1024)
 COMPILED = ('compile_seconds', 'instructions')
 SENT = ('collectives', 'collective_bytes')
 SERIES = {
@@ -103,13 +102,13 @@ SERIES = {
   'devices': Series(
     sizes=(1, 2, 4, 8),
     costs=(*COMPILED, 'temp_bytes', *SENT),
-    parameters=SHARDED,
+    parameters=lambda size: SHARDED,
     devices=lambda size: jax.devices()[:size],
   ),
   'chips': Series(
     sizes=tuple(SLICES),
     costs=(*COMPILED, 'temp_bytes', *SENT),
-    parameters=SHARDED,
+    parameters=lambda size: SHARDED,
     devices=lambda size: tpu_aot.chips(SLICES[size]),
   ),
 }
@@ -362,6 +361,10 @@ def main(argv: Sequence[str]) -> None:
   os.environ['XLA_FLAGS'] = f'{flags} {count}'
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_enable_compilation_cache', False)
+  provenance = (
+    tpu_aot.provenance if 'chips' in args.series else records.provenance
+  )
+  known = provenance('benchmarks.growth', argv)
   args.out.mkdir(parents=True, exist_ok=True)
   path = args.out / 'growth.json'
   small = dense_layers(4, 40, 1)
@@ -369,10 +372,6 @@ def main(argv: Sequence[str]) -> None:
     # What JAX caches while tracing must not favor later ones.
     made = steps.METHODS[method](small, BASE_TX)
     build(made, small.batch, jax.devices()[:1], seconds=0)
-  # Before the results make the working tree dirty.
-  known = records.provenance('benchmarks.growth', argv)
-  if 'chips' in args.series:
-    known['versions']['libtpu'] = metadata.version('libtpu')
   for name in args.series:
     cases = []
     for size in SERIES[name].sizes:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
+import optax
 
 PyTree = Any
 
@@ -47,7 +48,7 @@ class Network(NamedTuple):
 
 def count(params: PyTree) -> int:
   """The number of parameters."""
-  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+  return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def vit(
@@ -256,6 +257,6 @@ def _rotate(x: jax.Array) -> jax.Array:
 
 def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
   """The mean cross-entropy in float32."""
-  logits = logits.astype(jnp.float32)
-  picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-  return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked)
+  return optax.softmax_cross_entropy_with_integer_labels(
+    logits.astype(jnp.float32), labels
+  ).mean()

@@ -127,14 +127,14 @@ class Model(NamedTuple):
     params: A shape for each parameter.
     model_state: A shape for each other variable, such as running statistics.
     batch: A shape for each array of a batch.
-    module: The Flax linen module behind the loss.
+    module: The Flax linen module behind the loss, for its twin.
   """
 
   loss_fn: Callable[..., tuple[jax.Array, PyTree]]
   params: PyTree
   model_state: PyTree
   batch: PyTree
-  module: nn.Module
+  module: Any = None
 
   def twin(self) -> Twin:
     """The same as an NNX module."""

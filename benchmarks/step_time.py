@@ -3,9 +3,9 @@
   python -m benchmarks.step_time --out out/step_time
   python -m benchmarks.step_time --report
 
-The first writes step_time.json (with --device gpu, step_time_<card>.json) after
-each model; the second makes the tables of README.md and the chart from what is
-in results/.
+The first writes step_time.json (with --device gpu, step_time_<card>.json) when
+all models are finished; until then they are in .partial-step_time.json. The
+second makes the tables of README.md and the chart from what is in results/.
 """
 
 import argparse
@@ -39,7 +39,8 @@ from benchmarks import workloads
 from experiments.report import records
 
 ROOT = Path(__file__).parent
-# No step of its own: its costs are a mean of those of the base and of ASAM.
+# No step of its own: its time is a mean of those of the base and of ASAM, and
+# its programs are those of every_5.
 LATE = 'late_20'
 TORCH = ('torch_base', 'torch_asam', 'torch_asam_authors')
 # As the table has them.
@@ -155,7 +156,7 @@ def measure(
   Args:
     name: One of ``workloads.WORKLOADS``.
     device: 'cpu' or 'gpu', for the size of the batch.
-    methods: Names; the base is always there.
+    methods: Names; the base is always there, as is what ``LATE`` needs.
     seconds: The time for everything; at least a few rounds are timed.
     compile_seconds: The time after which no compilation is started.
     jobs: The number of threads that compile. With several, the times of
@@ -166,6 +167,8 @@ def measure(
   start = time.monotonic()
   model, base_tx = models.make(name, device), models.optimizer(name)
   batch = models.random_batch(name, model)
+  if LATE in methods:
+    methods = [*methods, 'asam', 'every_5']
   made = {}
   for method in dict.fromkeys(('base', *methods)):
     if method in steps.METHODS:
@@ -247,9 +250,12 @@ def compile_all(
     for each in todo[1:]:
       compile_one(*each)
   else:
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-      for each in todo[1:]:
-        pool.submit(compile_one, *each)
+    pool = concurrent.futures.ThreadPoolExecutor(jobs)
+    try:
+      for future in [pool.submit(compile_one, *each) for each in todo[1:]]:
+        future.result()
+    finally:
+      pool.shutdown(cancel_futures=True)
   return programs
 
 
@@ -343,7 +349,7 @@ def main(argv: Sequence[str]) -> None:
   card = re.sub(r'\W+', '_', results['machine'].lower()).strip('_')
   suffix = f'_{card}' if args.device == 'gpu' else ''
   path = args.out / f'step_time{suffix}.json'
-  partial = path.with_suffix('.partial.json')
+  partial = path.with_name(f'{records.PARTIAL}{path.name}')
 
   def add(rows):
     results['rows'] += rows
@@ -361,35 +367,40 @@ def main(argv: Sequence[str]) -> None:
         flush=True,
       )
 
-  if args.torch:
-    # First, because it is quick, in a sixth of the time.
-    for found in measure_in_torch(
-      args.torch, args.device, args.models, 60 * args.minutes / 6
-    ):
-      if 'versions' in found:
-        results['versions'] |= found['versions']
-      elif found['method'] in args.methods:
-        add([found])
-  for i, name in enumerate(args.models):
-    left = end - time.monotonic()
-    if left <= 0:
-      print(f'{name}: no time is left for it', file=sys.stderr)
-      continue
-    with reporting(name):
-      add(
-        measure(
-          name,
-          args.device,
-          methods=args.methods,
-          seconds=left / (len(args.models) - i),
-          compile_seconds=0.4 * left,
-          jobs=args.jobs or (8 if args.device == 'gpu' else 1),
-          compile_rounds=args.compile_rounds,
-          min_rounds=args.min_rounds,
-          max_rounds=args.max_rounds,
+  try:
+    if args.torch:
+      # First, because it is quick, in a sixth of the time.
+      for found in measure_in_torch(
+        args.torch, args.device, args.models, 60 * args.minutes / 6
+      ):
+        if 'versions' in found:
+          results['versions'] |= found['versions']
+        elif found['method'] in args.methods:
+          add([found])
+    for i, name in enumerate(args.models):
+      left = end - time.monotonic()
+      if left <= 0:
+        print(f'{name}: no time is left for it', file=sys.stderr)
+        continue
+      with reporting(name):
+        add(
+          measure(
+            name,
+            args.device,
+            methods=args.methods,
+            seconds=left / (len(args.models) - i),
+            compile_seconds=0.4 * left,
+            jobs=args.jobs or (8 if args.device == 'gpu' else 1),
+            compile_rounds=args.compile_rounds,
+            min_rounds=args.min_rounds,
+            max_rounds=args.max_rounds,
+          )
         )
-      )
-    jax.clear_caches()
+      jax.clear_caches()
+  except BaseException:
+    if results['rows']:
+      print(f'Finished models are in {partial}.', file=sys.stderr)
+    raise
   # Not before: an interrupted run must not replace a finished one.
   if results['rows']:
     partial.replace(path)

@@ -10,7 +10,6 @@ from typing import NamedTuple
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import optax
@@ -289,9 +288,8 @@ def _descend(base_tx, carry, grads, model_state):
 
 
 # From a model and an optimizer to a way to train.
-METHODS: dict[
-  str, Callable[[models.Model, optax.GradientTransformation], Method]
-] = {
+MakeMethod = Callable[[models.Model, optax.GradientTransformation], Method]
+METHODS: dict[str, MakeMethod] = {
   'base': _base,
   'two_gradients': functools.partial(_base, gradients=2),
   'inlined_asam': lambda model, tx: sharp(model, by_hand(inlined_asam, tx)),
@@ -309,104 +307,55 @@ METHODS: dict[
     model, optax_asam.looksam(tx, RHO, ETA, every_k=5), period=5
   ),
 }
-
-
-class Steps(NamedTuple):
-  """Train steps that take the same arguments.
-
-  Attributes:
-    init: From parameters to the state of the optimizer, one for all steps.
-    steps: From a carry and a batch to a carry.
-  """
-
-  init: Callable[[optax.Params], optax.OptState]
-  steps: dict[str, Step]
-
-
-NAMES = ('base', 'two gradients', 'sam', 'asam')
-
-
-def make_steps(
-  loss_fn: Callable[[optax.Params, Any], jax.Array],
-  base_tx: optax.GradientTransformation,
-  *,
-  rho: float = RHO,
-  sam_rho: float = SAM_RHO,
-  eta: float = ETA,
-  ord: float = 2,
-) -> Steps:
-  """Makes four of the train steps for a model without other state, by name.
-
-  All have the state of SAM and ASAM, which is passed through by the others, so
-  that the programs differ only in what they compute.
-
-  Args:
-    loss_fn: From parameters and a batch to a scalar.
-    base_tx: The optimizer.
-    rho: The radius of ASAM.
-    sam_rho: The radius of SAM.
-    eta: The constant of ASAM's normalization.
-    ord: The exponent p of both balls.
-  """
-  with_state = without_state(loss_fn)
-  txs = {
-    'sam': optax_asam.sam(base_tx, sam_rho, ord=ord),
-    'asam': optax_asam.asam(base_tx, rho, eta, ord=ord),
-  }
-  all_steps = {
-    'base': inside(plain_step(with_state, base_tx)),
-    'two gradients': inside(plain_step(with_state, base_tx, gradients=2)),
-    **{name: sharp_step(with_state, tx) for name, tx in txs.items()},
-  }
-  return Steps(txs['asam'].init, all_steps)
-
-
-def without_state(
-  loss_fn: Callable[[optax.Params, Any], jax.Array],
-) -> LossFn:
-  """The loss of a model that keeps nothing but parameters."""
-  return lambda params, model_state, batch: (
-    loss_fn(params, batch),
-    model_state,
-  )
+# Those whose programs are compared on many devices.
+PARTITIONED = ('base', 'two_gradients', 'sam', 'asam')
 
 
 def compile_step(
-  step: Step,
-  init: Callable[[optax.Params], optax.OptState],
+  make_method: MakeMethod,
+  base_tx: optax.GradientTransformation,
   network: large_models.Network,
-  mesh: Mesh,
-  *,
-  batch: PartitionSpec,
+  devices: Sequence[Any],
 ) -> jax.stages.Compiled:
   """Compiles a step with donated parameters and state, as in training.
 
   Args:
-    step: The step.
-    init: Makes its state, which is sharded like the parameters.
-    network: The network; none of its arrays is allocated.
-    mesh: The devices, which need not exist.
-    batch: How the batch is sharded.
+    make_method: Makes the method; its first step is compiled.
+    base_tx: The optimizer; its state is sharded like the parameters.
+    network: The network; none of its arrays is allocated. The batch is sharded
+      over the first axis of its mesh.
+    devices: The devices, which need not exist.
   """
+  mesh = network.mesh(devices)
+  loss_fn = network.loss_fn(mesh)
+  model = models.Model(
+    lambda params, _, batch: (loss_fn(params, batch), {}),
+    network.params,
+    model_state={},
+    batch=network.batch,
+  )
+  method = make_method(model, base_tx)
 
   def shaped(leaf, spec):
     return jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)
     )
 
-  params = jax.tree.map(shaped, network.params, network.specs)
-  opt_state = optax.tree.map_params(
-    init,
-    shaped,
-    jax.eval_shape(init, params),
-    network.specs,
-    transform_non_params=lambda leaf: shaped(leaf, PartitionSpec()),
+  carry = method.carry._replace(
+    params=jax.tree.map(shaped, network.params, network.specs),
+    opt_state=optax.tree.map_params(
+      method.init,
+      shaped,
+      method.carry.opt_state,
+      network.specs,
+      transform_non_params=lambda leaf: shaped(leaf, PartitionSpec()),
+    ),
   )
-  examples = jax.tree.map(lambda leaf: shaped(leaf, batch), network.batch)
-  carry = Carry(params, opt_state, ())
+  examples = PartitionSpec(next(iter(network.mesh_axes)))
+  batch = jax.tree.map(lambda leaf: shaped(leaf, examples), network.batch)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, carry)
-  jitted = jax.jit(step, out_shardings=shardings, donate_argnums=0)
-  return jitted.lower(carry, examples).compile()
+  jitted = jax.jit(method.cycle[0], out_shardings=shardings, donate_argnums=0)
+  return jitted.lower(carry, batch).compile()
 
 
 def objections(
@@ -457,9 +406,7 @@ def objections(
 def bytes_per_device(network: large_models.Network) -> int:
   """The size of the float32 parameters on one device."""
   return sum(
-    4
-    * math.prod(leaf.shape)
-    // math.prod(network.mesh_axes[axis] for axis in spec if axis)
+    4 * leaf.size // math.prod(network.mesh_axes[axis] for axis in spec if axis)
     for leaf, spec in zip(
       jax.tree.leaves(network.params),
       jax.tree.leaves(network.specs),

@@ -25,7 +25,6 @@ import time
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
 import optax
 
 from benchmarks import compiled
@@ -63,19 +62,45 @@ def chips(topology: str) -> Sequence[Any]:
   jax.config.update('jax_platforms', 'cpu')
   from jax.experimental import topologies
 
-  try:
-    importlib.metadata.version('libtpu')
-  except importlib.metadata.PackageNotFoundError as error:
-    raise RuntimeError(
-      "the TPU compiler is not installed. For example: pip install 'jax[tpu]'"
-    ) from error
+  compiler_version()
   return topologies.get_topology_desc(
     platform='tpu', topology_name=topology
   ).devices
 
 
-def run_case(model: str, topology: str, step: str, folder: Path) -> None:
-  """Compiles one case, and writes its costs and program to ``folder``."""
+def compiler_version() -> str:
+  """The version of libtpu.
+
+  Raises:
+    RuntimeError: It is missing.
+  """
+  try:
+    return importlib.metadata.version('libtpu')
+  except importlib.metadata.PackageNotFoundError as error:
+    raise RuntimeError(
+      "the TPU compiler is not installed. For example: pip install 'jax[tpu]'"
+    ) from error
+
+
+def provenance(program: str, argv: Sequence[str]) -> dict[str, Any]:
+  """``records.provenance``, with the version of the TPU compiler."""
+  version = compiler_version()
+  known = records.provenance(program, argv)
+  known['versions']['libtpu'] = version
+  return known
+
+
+def run_case(
+  model: str,
+  topology: str,
+  step: str,
+  folder: Path,
+  known: Mapping[str, Any],
+) -> None:
+  """Compiles one case, and writes its costs and program to ``folder``.
+
+  The costs come with ``known``, the provenance of the case.
+  """
   make_network, parameters = MODELS[model]
   devices = chips(topology)
   network = make_network(len(devices))
@@ -84,8 +109,6 @@ def run_case(model: str, topology: str, step: str, folder: Path) -> None:
       f'{model} has {large_models.count(network.params)} parameters, not'
       f' {parameters}'
     )
-  mesh = network.mesh(devices)
-  init, all_steps = steps.make_steps(network.loss_fn(mesh), optax.adamw(1e-3))
   case = {
     'model': model,
     'topology': topology,
@@ -93,12 +116,12 @@ def run_case(model: str, topology: str, step: str, folder: Path) -> None:
     'parameters': parameters,
     'mesh': dict(network.mesh_axes),
     'batch': jax.tree.map(lambda leaf: list(leaf.shape), network.batch),
-    **provenance([]),
+    **known,
   }
   start = time.perf_counter()
   try:
     program = steps.compile_step(
-      all_steps[step], init, network, mesh, batch=PartitionSpec('fsdp')
+      steps.METHODS[step], optax.adamw(1e-3), network, devices
     )
   except jax.errors.JaxRuntimeError as error:
     if 'memory' not in str(error):
@@ -112,19 +135,12 @@ def run_case(model: str, topology: str, step: str, folder: Path) -> None:
   records.write_json(folder / CASE, case)
 
 
-def provenance(argv: Sequence[str]) -> dict[str, Any]:
-  """The command, the commit and the versions, that of the compiler too."""
-  found = records.provenance('benchmarks.tpu_aot', argv)
-  found['versions']['libtpu'] = importlib.metadata.version('libtpu')
-  return found
-
-
 def collect(out: Path) -> list[dict[str, Any]]:
   """All finished cases, with what is read from their programs."""
   cases = []
   for model, topology in itertools.product(MODELS, TOPOLOGIES):
     reference = None
-    for step in steps.NAMES:
+    for step in steps.PARTITIONED:
       folder = _folder(out, model, topology, step)
       if not (folder / CASE).exists():
         continue
@@ -134,16 +150,14 @@ def collect(out: Path) -> list[dict[str, Any]]:
       cases.append(case)
       if 'error' in case:
         continue
-      case['peak_bytes'] = compiled.Cost(
-        *(case[field] for field in compiled.Cost._fields)
-      ).peak_bytes
-      text = gzip.decompress((folder / TEXT).read_bytes()).decode()
-      found = compiled.collectives(text)
+      cost = compiled.Cost(*(case[field] for field in compiled.Cost._fields))
+      found = [compiled.Collective(*each) for each in cost.collectives]
+      case['peak_bytes'] = cost.peak_bytes
       case['collectives'] = {
         kind: total._asdict()
         for kind, total in compiled.total_by_kind(found).items()
       }
-      if step == 'two gradients':
+      if step == 'two_gradients':
         reference = case['temporary_bytes'], found
       elif step != 'base' and reference:
         temporary_bytes = case['temporary_bytes'] - reference[0]
@@ -154,11 +168,6 @@ def collect(out: Path) -> list[dict[str, Any]]:
           'objections': steps.objections(added, temporary_bytes, network),
         }
   return cases
-
-
-def tables(cases: Sequence[Mapping[str, Any]]) -> list[str]:
-  """Memory and compile time, collectives, and what SAM and ASAM add."""
-  return [memory_table(cases), collectives_table(cases), added_table(cases)]
 
 
 def memory_table(cases: Sequence[Mapping[str, Any]]) -> str:
@@ -207,7 +216,7 @@ def added_table(cases: Sequence[Mapping[str, Any]]) -> str:
   accessed = {}
   for case in cases:
     key = case['model'], case['topology']
-    if case['step'] == 'two gradients':
+    if case['step'] == 'two_gradients':
       accessed[key] = case.get('bytes_accessed')
     if 'added' not in case:
       continue
@@ -245,26 +254,29 @@ def main(argv: Sequence[str]) -> None:
   for name, choices in (
     ('models', MODELS),
     ('topologies', TOPOLOGIES),
-    ('steps', steps.NAMES),
+    ('steps', steps.PARTITIONED),
   ):
     parser.add_argument(
       f'--{name}', nargs='+', choices=choices, default=list(choices)
     )
   parser.add_argument('--out', type=Path, default=Path('out/tpu_aot'))
   args = parser.parse_args(argv)
+  jax.config.update('jax_platforms', 'cpu')
+  known = provenance('benchmarks.tpu_aot', argv)
   for case in itertools.product(args.models, args.topologies, args.steps):
     folder = _folder(args.out, *case)
     if not (folder / CASE).exists():
       folder.mkdir(parents=True, exist_ok=True)
-      run_case(*case, folder)
+      run_case(*case, folder, known)
     result = json.loads((folder / CASE).read_text())
-    print(', '.join(case), f'{result["compile_s"]:.0f} s', flush=True)
+    line = f'{", ".join(case)} {result["compile_s"]:.0f} s'
+    if result['commit'] != known['commit']:
+      line += f', kept from commit {result["commit"]}'
+    print(line, flush=True)
   cases = collect(args.out)
-  records.write_json(
-    args.out / 'tpu_aot.json',
-    {**provenance(argv), 'cases': cases},
-  )
-  print('', *tables(cases), sep='\n\n')
+  records.write_json(args.out / 'tpu_aot.json', {**known, 'cases': cases})
+  for table in (memory_table, collectives_table, added_table):
+    print(f'\n{table(cases)}')
   found = [
     f'{case["model"]}, {case["topology"]}, {case["step"]}: {objection}'
     for case in cases

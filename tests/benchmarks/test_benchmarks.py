@@ -8,6 +8,7 @@ import json
 import math
 import pathlib
 import re
+import shlex
 
 import jax
 from jax.flatten_util import ravel_pytree
@@ -20,10 +21,16 @@ import pytest
 from benchmarks import collectives
 from benchmarks import compiled
 from benchmarks import large_models
+from benchmarks import markdown
+from benchmarks import models
 from benchmarks import step_time_report
 from benchmarks import steps
 from benchmarks import tpu_aot
 from benchmarks.compiled import Collective
+from benchmarks.workloads import ETA
+from benchmarks.workloads import RHO
+from benchmarks.workloads import SAM_RHO
+from experiments.report import records
 from optax_asam import sharpness_aware
 from tests.helpers.support import SHARDY
 from tests.helpers.support import error
@@ -175,7 +182,7 @@ def cost(layout, step):
 
 def compare(layout, found):
   """What a cost has in addition to two gradients, and what is wrong with it."""
-  reference = cost(layout, 'two gradients')
+  reference = cost(layout, 'two_gradients')
   added = compiled.added(found.collectives, reference.collectives)
   return added, steps.objections(
     added,
@@ -201,33 +208,37 @@ def test_gathering_norm_is_found():
   ascent = optax.stateless(
     lambda grads, params: optax.tree.scale(0.05 / norm(grads), grads)
   )
-  tx = optax.chain(sharpness_aware(ascent), collectives.BASE_TX)
-  step = steps.sharp_step(steps.without_state(collectives.loss_fn), tx)
-  net = collectives.network('2-D', DEVICES)
-  found = collectives.compile_for(net, step, tx.init)
+  found = steps.compile_step(
+    lambda model, tx: steps.sharp(
+      model, optax.chain(sharpness_aware(ascent), tx)
+    ),
+    collectives.BASE_TX,
+    collectives.network('2-D', DEVICES),
+    jax.devices(),
+  )
   _, objections = compare('2-D', compiled.read(found))
   assert any('all-gather' in objection for objection in objections)
 
 
 def test_steps():
-  """The four steps are those of their names, with one structure of state."""
-  loss_fn = lambda w, x: jnp.sum((w - x) ** 2) / 2
+  """The steps that devices share are those of their names."""
   w, x = np.array([1.0, -2.0, 3.0]), np.array([4.0, 2.0, -1.0])
-  init, all_steps = steps.make_steps(
-    loss_fn, optax.sgd(0.1), rho=0.2, sam_rho=0.3, eta=0.5
+  params, batch = jnp.asarray(w, jnp.float32), jnp.asarray(x, jnp.float32)
+  model = models.Model(
+    lambda w, _, x: (jnp.sum((w - x) ** 2) / 2, {}), params, {}, batch
   )
-  g, t = w - x, np.abs(w) + 0.5
+  g, t = w - x, np.abs(w) + ETA
   perturbations = {
     'base': 0,
-    'two gradients': 0.01 * g,
-    'sam': 0.3 * g / np.linalg.norm(g),
-    'asam': 0.2 * t**2 * g / np.linalg.norm(t * g),
+    'two_gradients': 0.01 * g,
+    'sam': SAM_RHO * g / np.linalg.norm(g),
+    'asam': RHO * t**2 * g / np.linalg.norm(t * g),
   }
-  assert list(all_steps) == list(perturbations) == list(steps.NAMES)
-  params = jnp.asarray(w, jnp.float32)
-  for name, step in all_steps.items():
-    carry = steps.Carry(params, init(params), ())
-    result = step(carry, jnp.asarray(x, jnp.float32))
+  assert list(perturbations) == list(steps.PARTITIONED)
+  for name in perturbations:
+    method = steps.METHODS[name](model, optax.sgd(0.1))
+    carry = steps.Carry(params, method.init(params), {})
+    result = method.cycle[0](carry, batch)
     assert jax.tree.structure(result) == jax.tree.structure(carry)
     expected = w - 0.1 * (w + perturbations[name] - x)
     assert error(result.params, np.asarray(expected, np.float32)) < 1e-6
@@ -237,6 +248,32 @@ def test_networks():
   """They have as many parameters as what they are named after."""
   for make_network, parameters in tpu_aot.MODELS.values():
     assert large_models.count(make_network(8).params) == parameters
+
+
+def test_tpu_aot(tmp_path, capsys, monkeypatch):
+  """A case has the command that made it; one of another commit is named."""
+  network = functools.partial(collectives.network, 'fully sharded')
+  parameters = large_models.count(network(DEVICES).params)
+  monkeypatch.setattr(tpu_aot, 'MODELS', {'small': (network, parameters)})
+  monkeypatch.setattr(tpu_aot, 'chips', lambda topology: jax.devices())
+  monkeypatch.setattr(tpu_aot, 'compiler_version', lambda: '1.2.3')
+  argv = ['--topologies', 'v5e:2x4', '--out', str(tmp_path), '--steps']
+  for commit, names in {'a': ['base'], 'b': ['base', 'asam']}.items():
+    monkeypatch.setattr(records, 'git_commit', lambda commit=commit: commit)
+    capsys.readouterr()
+    tpu_aot.main([*argv, *names])
+  kept, made, *_ = capsys.readouterr().out.splitlines()
+  assert kept.startswith('small, v5e:2x4, base ')
+  assert kept.endswith(' s, kept from commit a')
+  assert re.fullmatch(r'small, v5e:2x4, asam \d+ s', made)
+  results = json.loads((tmp_path / 'tpu_aot.json').read_text())
+  command = shlex.join(['python', '-m', 'benchmarks.tpu_aot', *argv])
+  commands = [f'{command} base', f'{command} base asam']
+  assert results['command'] == commands[1]
+  assert [case['command'] for case in results['cases']] == commands
+  for case in results['cases']:
+    assert case['versions']['libtpu'] == '1.2.3'
+    assert case['collectives']['all-reduce']['count'] > 0
 
 
 def recorded(name):
@@ -252,6 +289,21 @@ def test_step_time_page():
   assert step_time_report.page(text, recorded) == text
   first = step_time_report.FIRST_PAGE.read_text()
   assert step_time_report.first_page(first, recorded) == first
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    'no markers',
+    '<!-- cost -->\n\nno end',
+    '<!-- cost -->\n\nno end\n\n<!-- other -->\n\n1\n\n<!-- end -->',
+    '<!-- cost -->\n\n1\n\n<!-- end -->\n\n' * 2,
+  ],
+)
+def test_missing_markers(text):
+  """A page without the place of a table is an error."""
+  with pytest.raises(ValueError, match=r'<!-- cost --> .* found [02]'):
+    markdown.replace_between(text, 'cost', 'new')
 
 
 @pytest.mark.parametrize(

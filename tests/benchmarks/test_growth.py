@@ -3,6 +3,7 @@
 And no cost of ASAM grows faster than the number of arrays or parameters.
 """
 
+import importlib.metadata
 import json
 import os
 
@@ -65,6 +66,19 @@ def test_program(tmp_path, monkeypatch, quickly_compiled):
   assert growth.page(made, results) == made
   panels = [x for x in growth.chart(results).axes if x.get_visible()]
   assert len(panels) == len(lines) - 2
+
+
+def test_chips_without_compiler(tmp_path, monkeypatch):
+  """The error says what to install, before anything is compiled."""
+
+  def version(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+
+  monkeypatch.setenv('XLA_FLAGS', os.environ['XLA_FLAGS'])
+  monkeypatch.setattr(importlib.metadata, 'version', version)
+  monkeypatch.setattr(growth, 'build', None)
+  with pytest.raises(RuntimeError, match=r"pip install 'jax\[tpu\]'"):
+    growth.main(['--out', str(tmp_path), '--series', 'chips'])
 
 
 def test_page():

@@ -1,6 +1,8 @@
 """Promise: step times are compared within rounds, and all are written."""
 
 import json
+import math
+import time
 
 import jax
 import numpy as np
@@ -116,6 +118,58 @@ def test_failures_are_reported(capsys, monkeypatch):
   )
   assert [row['method'] for row in rows] == ['base']
   assert 'tiny, asam: ValueError: broken' in capsys.readouterr().err
+
+
+def test_interrupted_run(tmp_path, capsys, monkeypatch):
+  """It keeps the finished models where no report finds them, and says so."""
+  out = tmp_path / 'results'
+  row = timing.make_row('MLP', 'base', 4, np.ones(3), np.ones(3))
+
+  def measure(name, *args, **kwargs):
+    if name == 'LM':
+      raise KeyboardInterrupt
+    return [row]
+
+  monkeypatch.setattr(step_time, 'measure', measure)
+  monkeypatch.setattr(step_time_report, 'ROOT', tmp_path)
+  with pytest.raises(KeyboardInterrupt):
+    step_time.main(['--models', 'MLP', 'LM', '--out', str(out)])
+  assert step_time_report.load() == {}
+  [path] = out.iterdir()
+  assert json.loads(path.read_text())['rows'] == [row]
+  assert f'Finished models are in {path}.' in capsys.readouterr().err
+  step_time.main(['--models', 'MLP', '--out', str(out)])
+  assert list(step_time_report.load()) == ['step_time']
+
+
+def test_interrupted_compilation(monkeypatch):
+  """It does not wait for the programs that are still queued."""
+  calls = []
+
+  def build(*args):
+    calls.append(args)
+    if len(calls) == 3:
+      raise KeyboardInterrupt
+    time.sleep(0.1)
+
+  monkeypatch.setattr(step_time, 'build', build)
+  model, base_tx = models.make('tiny', 'cpu'), models.optimizer('tiny')
+  made = {str(i): steps.METHODS['base'](model, base_tx) for i in range(30)}
+  with pytest.raises(KeyboardInterrupt):
+    step_time.compile_all(
+      made, model.batch, 'tiny', jobs=2, rounds=1, end=math.inf
+    )
+  assert len(calls) < len(made)
+
+
+def test_late_alone(quickly_compiled):
+  """It measures what it is computed from."""
+  rows = step_time.measure(
+    'tiny', 'cpu', methods=['late_20'], seconds=0, min_rounds=1
+  )
+  methods = [row['method'] for row in rows]
+  assert methods == ['base', 'asam', 'every_5', 'late_20']
+  assert rows[-1]['instructions'] == rows[-2]['instructions'] > 0
 
 
 @pytest.mark.slow

@@ -15,6 +15,8 @@ from benchmarks import compiled
 from benchmarks import large_models
 from benchmarks import steps
 from benchmarks import tpu_aot
+from optax_asam import asam
+from optax_asam import sam
 from tests.helpers import pages
 
 TOPOLOGY = 'v5e:2x4'
@@ -48,13 +50,10 @@ def dense_layers(arrays):
   )
 
 
-def compile_step(network, step, *, ord=2):
-  """Compiles one of ``steps.NAMES``."""
-  mesh = network.mesh(tpu_aot.chips(TOPOLOGY))
-  loss_fn = network.loss_fn(mesh)
-  init, all_steps = steps.make_steps(loss_fn, optax.adamw(1e-3), ord=ord)
+def compile_step(network, make_method):
+  """Compiles the step of a method."""
   return steps.compile_step(
-    all_steps[step], init, network, mesh, batch=P('fsdp')
+    make_method, optax.adamw(1e-3), network, tpu_aot.chips(TOPOLOGY)
   )
 
 
@@ -63,8 +62,8 @@ def test_scalar_all_reduces_alone(name):
   """At most one per sharding, 4 bytes per array, two copies of memory."""
   network = NETWORKS[name]
   found, reference = (
-    compiled.read(compile_step(network, step))
-    for step in ('asam', 'two gradients')
+    compiled.read(compile_step(network, steps.METHODS[name]))
+    for name in ('asam', 'two_gradients')
   )
   added = compiled.added(found.collectives, reference.collectives)
   temporary_bytes = found.temporary_bytes - reference.temporary_bytes
@@ -75,19 +74,20 @@ def test_scalar_all_reduces_alone(name):
 
 
 @functools.cache
-def count(arrays, step, ord=2):
+def count(arrays, make_method):
   """The number of instructions of a step with so many parameter arrays."""
-  program = compile_step(dense_layers(arrays), step, ord=ord)
-  return compiled.instructions(program)
+  return compiled.instructions(compile_step(dense_layers(arrays), make_method))
 
 
 @pytest.mark.parametrize('ord', [2, jnp.inf])
-@pytest.mark.parametrize('step', ['sam', 'asam'])
-def test_instructions(step, ord):
+@pytest.mark.parametrize('alias', [sam, asam])
+def test_instructions(alias, ord):
   """The program grows linearly, and by little compared with two gradients."""
+  method = lambda model, tx: steps.sharp(model, alias(tx, ord=ord))
   for arrays in (40, 120):
-    assert count(arrays, step, ord) <= 1.7 * count(arrays, 'two gradients')
-  assert count(120, step, ord) <= 3.2 * count(40, step, ord)
+    two = count(arrays, steps.METHODS['two_gradients'])
+    assert count(arrays, method) <= 1.7 * two
+  assert count(120, method) <= 3.2 * count(40, method)
 
 
 def test_your_own_train_step():
