@@ -629,14 +629,14 @@ def test_cost():
     (case['layout'], case['devices'], case['step']): case
     for case in read_json(BENCHMARKS / 'collectives.json')['cases']
   }
-  steps = 'base', 'two gradients', 'asam'
+  steps = 'base', 'two_gradients', 'asam'
   for layout, devices, *cells in table('cost', 'temporaries'):
     found = [cases[layout, int(devices), step] for step in steps]
     assert cells == [f'{x["temporary_bytes"] / MIB:.2f} MiB' for x in found]
   rows = table('cost', 'communication')
   assert len(rows) == 4
   for layout, two, added in rows:
-    size, count = total(cases[layout, 8, 'two gradients']['collectives'])
+    size, count = total(cases[layout, 8, 'two_gradients']['collectives'])
     assert two == f'{size / MIB:.2f} MiB in {count} collectives'
     more, number = total(cases[layout, 8, 'asam']['collectives'])
     text = f'{more - size} bytes in {number - count}'
