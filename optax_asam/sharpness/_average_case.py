@@ -104,7 +104,7 @@ def average_case(
         point = _ball.in_ball(sample_key, center, ord)
       return total + rise(_ball.scale(rho, point)), None
 
-    zero = jnp.zeros([], jax.eval_shape(rise, center).dtype)
+    zero = jnp.zeros([], center[0].dtype)
     total, _ = jax.lax.scan(sample, zero, jnp.arange(samples))
     return _ball.at_radius(rho, total / samples)
 

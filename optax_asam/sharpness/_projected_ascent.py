@@ -52,7 +52,7 @@ def maximize(
     NaN counts as the largest.
   """
   value_and_grad = jax.value_and_grad(fun)
-  dtype = jax.eval_shape(fun, start).dtype
+  dtype = start[0].dtype
 
   def step(carry, k):
     value, grads = value_and_grad(carry.point)
