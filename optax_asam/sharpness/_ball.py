@@ -16,9 +16,9 @@ from optax_asam import _checks
 from optax_asam import _geometry
 from optax_asam import _trees
 from optax_asam import normalization as _normalization
+from optax_asam._geometry import Arrays
 
 LossFn = Callable[..., Any]
-Arrays = list[jax.Array]
 
 # The default of all measures, as in `asam`.
 ELEMENTWISE = _normalization.elementwise()
@@ -26,17 +26,25 @@ ELEMENTWISE = _normalization.elementwise()
 
 def rise(
   loss_fn: LossFn, params: optax.Params, coordinates: _geometry.Coordinates
-) -> Callable[[list[jax.Array]], jax.Array]:
+) -> Callable[[Arrays], jax.Array]:
   """L(w + T u) - L(w) as a function of u."""
   dtype = _trees.accumulator_dtype(*jax.tree.leaves(params))
+  loss = checked_loss(loss_fn, dtype)
+  base = loss(params)
+  return lambda u: loss(_geometry.perturb(params, coordinates.push(u))) - base
 
-  def value(params):
+
+def checked_loss(
+  loss_fn: LossFn, dtype: Any
+) -> Callable[[optax.Params], jax.Array]:
+  """``loss_fn`` in ``dtype``; raises unless the loss is a real scalar."""
+
+  def loss(params):
     value = loss_fn(params)
     _checks.check_scalar('loss_fn', value)
     return jnp.asarray(value, dtype)
 
-  base = value(params)
-  return lambda u: value(_geometry.perturb(params, coordinates.push(u))) - base
+  return loss
 
 
 def widen(params: optax.Params, dtype: Any) -> optax.Params:
@@ -52,9 +60,7 @@ def widen(params: optax.Params, dtype: Any) -> optax.Params:
   return jax.tree.map(leaf, params)
 
 
-def origin(
-  params: optax.Params, coordinates: _geometry.Coordinates
-) -> list[jax.Array]:
+def origin(params: optax.Params, coordinates: _geometry.Coordinates) -> Arrays:
   """The origin of the coordinates."""
   zeros = [jnp.zeros_like(x) for x in coordinates.pull(params)]
   if not sum(x.size for x in zeros):

@@ -11,6 +11,7 @@ from optax_asam import _checks
 from optax_asam import _geometry
 from optax_asam import _trees
 from optax_asam import normalization as _normalization
+from optax_asam._geometry import Arrays
 from optax_asam.sharpness import _ball
 
 
@@ -93,8 +94,8 @@ def max_hessian_eigenvalue(
 
 
 def _max_eigenvalue(
-  product: Callable[[_ball.Arrays], _ball.Arrays],
-  start: _ball.Arrays,
+  product: Callable[[Arrays], Arrays],
+  start: Arrays,
   steps: int,
 ) -> jax.Array:
   """The largest eigenvalue of a symmetric operator.
@@ -113,7 +114,7 @@ def _max_eigenvalue(
   def step(carry, _):
     previous, current, beta = carry
     product_ = product(current)
-    alpha = sum(jnp.sum(x * y) for x, y in zip(product_, current, strict=True))
+    alpha = _trees.dot(product_, current)
     rest = [
       x - alpha * y - beta * z
       for x, y, z in zip(product_, current, previous, strict=True)
@@ -139,7 +140,7 @@ def _max_eigenvalue(
   return jnp.linalg.eigvalsh(tridiagonal)[-1]
 
 
-def _normalize(x: _ball.Arrays) -> tuple[_ball.Arrays, jax.Array]:
+def _normalize(x: Arrays) -> tuple[Arrays, jax.Array]:
   """``x`` with norm 1, or zero if it is zero, and its norm."""
   norm = _ball.l2_norm(x)
   safe_norm = jnp.where(norm == 0, 1, norm)

@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from optax_asam import _geometry
+from optax_asam._geometry import Arrays
 from optax_asam.sharpness import _ball
 from optax_asam.sharpness._step_rules import StepRule
-
-Arrays = list[jax.Array]
 
 
 class _Carry(NamedTuple):
