@@ -610,6 +610,13 @@ def test_points_of_batches():
   assert 0 < abs(means[0] - means[1]) < 10 * deviation / np.sqrt(2000)
 
 
+def test_wrong_key_with_batches():
+  """It is named before JAX derives the keys of the batches from it."""
+  key = jnp.ones(2)
+  with pytest.raises(TypeError, match='key must be a random key'):
+    worst_case(rough, ROUGH, 0.1, key=key, batches=jnp.ones(3))
+
+
 def test_loss_along(x64):
   """A curve and a surface of a quadratic loss, and the mean over batches."""
   w, d1, d2 = np.random.default_rng(0).standard_normal((3, SIZE))

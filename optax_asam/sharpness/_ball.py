@@ -106,6 +106,7 @@ def check_arguments(
   normalization: _normalization.Normalization,
   mask: _trees.Mask | None,
   perturbed_dtype: Any,
+  key: jax.Array | None = None,
 ) -> None:
   """Raises unless the arguments that all measures share are valid."""
   _checks.check_function('loss_fn', loss_fn, 'lambda params: loss(params)')
@@ -115,6 +116,8 @@ def check_arguments(
   _normalization.check('normalization', normalization)
   _trees.check_mask(mask)
   _checks.check_perturbed_dtype(perturbed_dtype)
+  if key is not None:
+    _checks.check_key(key)
 
 
 def l2_norm(u: Arrays) -> jax.Array:

@@ -98,7 +98,7 @@ def worst_case(
     and Generalization <https://arxiv.org/abs/2302.07011>`_, 2023, section 3.
   """
   _ball.check_arguments(
-    loss_fn, params, rho, normalization, mask, perturbed_dtype
+    loss_fn, params, rho, normalization, mask, perturbed_dtype, key
   )
 
   def on_batch(loss_fn, key):
@@ -172,7 +172,7 @@ def worst_perturbation(
     [0.3 0.4]
   """
   _ball.check_arguments(
-    loss_fn, params, rho, normalization, mask, perturbed_dtype
+    loss_fn, params, rho, normalization, mask, perturbed_dtype, key
   )
   _checks.check_ord_of_projection(ord)
   _checks.check_count('steps', steps)
@@ -188,8 +188,6 @@ def worst_perturbation(
       f'key must be given for restarts, but got None for restarts={restarts}.'
       f' For example: key=jax.random.key(0).'
     )
-  if key is not None:
-    _checks.check_key(key)
   params = _ball.widen(params, perturbed_dtype)
   coordinates = _geometry.coordinates(params, normalization, mask)
   center = _ball.origin(params, coordinates)
