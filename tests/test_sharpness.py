@@ -429,6 +429,23 @@ def test_never_falls(measure, option, numbers):
     assert abs(unrolled / values[0] - 1) < 1e-6
 
 
+def test_derivative_by_rho():
+  """Of (5 + rho)^2 - 25, and zero where the run stays, not NaN."""
+
+  def rise(rho, w):
+    return worst_case(
+      lambda w: w @ w,
+      w,
+      rho,
+      normalization=normalization.identity(),
+      steps=2,
+    )
+
+  derivative = quick_jit(jax.grad(rise))
+  np.testing.assert_allclose(derivative(0.5, jnp.array([3.0, 4.0])), 11)
+  assert derivative(0.5, jnp.zeros(2)) == 0
+
+
 @pytest.mark.parametrize('measure', ['fixed, ball', 'normal'])
 def test_no_radius(measure):
   """At rho = 0 the loss does not rise, to the last bit.

@@ -71,12 +71,12 @@ def origin(params: optax.Params, coordinates: _geometry.Coordinates) -> Arrays:
   return zeros
 
 
-def at_radius(rho: chex.Numeric, rise: jax.Array) -> jax.Array:
+def at_radius(rho: jax.Array, rise: jax.Array) -> jax.Array:
   """``rise``, but zero if ``rho`` is zero, unless it is NaN.
 
   L(w + 0) and L(w) may be summed in different orders.
   """
-  return jnp.where(jnp.asarray(rho) == 0, 0 * rise, rise)
+  return jnp.where(rho == 0, 0 * rise, rise)
 
 
 def mean_over_batches(
@@ -120,19 +120,13 @@ def check_arguments(
     _checks.check_key(key)
 
 
-def l2_norm(u: Arrays) -> jax.Array:
-  """The 2-norm of all arrays together."""
-  return jnp.sqrt(sum(jnp.sum(x * x) for x in u))
-
-
-def project(u: Arrays, radius: jax.typing.ArrayLike, p: float) -> Arrays:
-  """The nearest point of the ball."""
+def project(u: Arrays, radius: jax.Array, p: float) -> Arrays:
+  """The nearest point of the ball, whose radius has the dtype of u."""
   if p == math.inf:
-    radii = [jnp.asarray(radius, x.dtype) for x in u]
-    return [jnp.clip(x, -r, r) for x, r in zip(u, radii, strict=True)]
-  norm = l2_norm(u)
-  scale = jnp.where(norm > radius, radius / jnp.where(norm > 0, norm, 1), 1)
-  return [scale.astype(x.dtype) * x for x in u]
+    return [jnp.clip(x, -radius, radius) for x in u]
+  norm, _ = _geometry.guarded_norm(u)
+  factor = jnp.where(norm > radius, radius / norm, 1)
+  return [factor * x for x in u]
 
 
 def normal(key: jax.Array, zeros: Arrays) -> Arrays:
@@ -155,12 +149,7 @@ def in_ball(key: jax.Array, zeros: Arrays, p: float) -> Arrays:
     ]
   direction = normal(key, zeros)
   size = sum(x.size for x in zeros)
-  norm = l2_norm(direction)
+  norm, _ = _geometry.guarded_norm(direction)
   key = jax.random.fold_in(key, len(zeros))
   radius = jax.random.uniform(key, dtype=norm.dtype) ** (1 / size)
-  return scale(radius / norm, direction)
-
-
-def scale(a: chex.Numeric, u: Arrays) -> Arrays:
-  """``a u`` in the dtype of u."""
-  return [jnp.asarray(a, x.dtype) * x for x in u]
+  return [radius / norm * x for x in direction]

@@ -142,6 +142,5 @@ def _max_eigenvalue(
 
 def _normalize(x: Arrays) -> tuple[Arrays, jax.Array]:
   """``x`` with norm 1, or zero if it is zero, and its norm."""
-  norm = _ball.l2_norm(x)
-  safe_norm = jnp.where(norm == 0, 1, norm)
-  return [leaf / safe_norm for leaf in x], norm
+  norm, usable = _geometry.guarded_norm(x)
+  return [leaf / norm for leaf in x], jnp.where(usable, norm, 0)

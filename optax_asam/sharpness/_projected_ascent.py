@@ -28,7 +28,7 @@ class _Carry(NamedTuple):
 def maximize(
   fun: Callable[[Arrays], jax.Array],
   start: Arrays,
-  radius: chex.Numeric,
+  radius: jax.Array,
   p: float,
   *,
   steps: int,
@@ -40,7 +40,7 @@ def maximize(
   Args:
     fun: A function from u, arrays of one dtype, at least float32, to a scalar.
     start: The first point, inside the ball.
-    radius: The radius of the ball.
+    radius: The radius of the ball, in the same dtype.
     p: 2 or inf.
     steps: Number of steps, each of which costs a gradient.
     rule: The sizes of the steps.
@@ -66,7 +66,7 @@ def maximize(
     point, grads = _where(jump, (best_point, best_grads), (carry.point, grads))
     steepest = zip(*_geometry.steepest_direction(grads, p), strict=True)
     direction = [jnp.where(is_used, x, 0) for x, is_used in steepest]
-    length = size * radius
+    length = jnp.asarray(size, dtype) * radius
     target = _ball.project(_combine(1, point, length, direction), radius, p)
     # No momentum after a jump, or before the first step.
     weight = jnp.where(jump | (k == 0), 1.0, rule.momentum)

@@ -191,6 +191,7 @@ def worst_perturbation(
   params = _ball.widen(params, perturbed_dtype)
   coordinates = _geometry.coordinates(params, normalization, mask)
   center = _ball.origin(params, coordinates)
+  rho = jnp.asarray(rho, center[0].dtype)
   rise = _ball.rise(loss_fn, params, coordinates)
 
   def run(start):
@@ -200,7 +201,7 @@ def worst_perturbation(
 
   def restart(best, key):
     point = _ball.in_ball(key, center, ord)
-    return _projected_ascent.better(best, run(_ball.scale(rho, point))), None
+    return _projected_ascent.better(best, run([rho * x for x in point])), None
 
   best = run(center)
   if restarts > 1 and key is not None:
