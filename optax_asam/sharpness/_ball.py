@@ -84,19 +84,37 @@ def mean_over_batches(
   loss_fn: LossFn,
   key: jax.Array | None,
   batches: Any,
+  unroll: int | bool = 1,
 ) -> jax.Array:
-  """``on_batch`` of ``loss_fn``, or its mean over the leading axis."""
+  """``on_batch`` of ``loss_fn``, or its mean over the leading axis.
+
+  The loop over batches is unrolled if ``unroll`` is True.
+  """
   if batches is None:
     return on_batch(loss_fn, key)
   n = _checks.check_batches(batches)
 
-  def on_numbered_batch(numbered):
+  def on_numbered_batch(_, numbered):
     i, batch = numbered
     batch_key = None if key is None else jax.random.fold_in(key, i)
-    return on_batch(lambda params: loss_fn(params, batch), batch_key)
+    return None, on_batch(lambda params: loss_fn(params, batch), batch_key)
 
-  values = jax.lax.map(on_numbered_batch, (jnp.arange(n), batches))
+  _, values = jax.lax.scan(
+    on_numbered_batch,
+    None,
+    (jnp.arange(n), batches),
+    unroll=unrolled(unroll is True, n),
+  )
   return jnp.mean(values, axis=0)
+
+
+def unrolled(unroll: int | bool, length: int) -> int | bool:
+  """``unroll`` for :func:`jax.lax.scan`, without a loop if it is True.
+
+  With True, :func:`jax.lax.scan` leaves a loop of one step, and in any loop XLA
+  runs convolutions many times slower on CPU.
+  """
+  return max(length, 2) if unroll is True else unroll
 
 
 def check_arguments(

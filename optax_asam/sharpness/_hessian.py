@@ -25,6 +25,7 @@ def max_hessian_eigenvalue(
   mask: _trees.Mask | None = None,
   perturbed_dtype: Any = jnp.float32,
   batches: Any = None,
+  unroll: int | bool = 1,
 ) -> jax.Array:
   r"""The largest eigenvalue of the normalized Hessian.
 
@@ -49,6 +50,7 @@ def max_hessian_eigenvalue(
       :func:`optax_asam.asam`.
     perturbed_dtype: As in :func:`worst_case`.
     batches: As in :func:`worst_case`; the result is the mean eigenvalue.
+    unroll: As in :func:`worst_case`.
 
   Returns:
     The eigenvalue, a scalar, at least float32. It may be negative.
@@ -88,15 +90,17 @@ def max_hessian_eigenvalue(
       lambda v: jax.jvp(grad_fn, (center,), (v,))[1],
       _ball.normal(key, center),
       steps,
+      unroll,
     )
 
-  return _ball.mean_over_batches(on_batch, loss_fn, key, batches)
+  return _ball.mean_over_batches(on_batch, loss_fn, key, batches, unroll)
 
 
 def _max_eigenvalue(
   product: Callable[[Arrays], Arrays],
   start: Arrays,
   steps: int,
+  unroll: int | bool,
 ) -> jax.Array:
   """The largest eigenvalue of a symmetric operator.
 
@@ -109,6 +113,7 @@ def _max_eigenvalue(
     product: The operator.
     start: A random vector, arrays of one dtype, at least float32.
     steps: Number of products.
+    unroll: As in :func:`jax.lax.scan`.
   """
 
   def step(carry, _):
@@ -127,7 +132,8 @@ def _max_eigenvalue(
   carry = zeros, current, jnp.zeros([], start[0].dtype)
   # It ends after as many steps as dimensions, were it not for rounding errors.
   steps = min(steps, max(1, 2 * sum(x.size for x in start)))
-  _, coefficients = jax.lax.scan(step, carry, length=steps)
+  unroll = _ball.unrolled(unroll, steps)
+  _, coefficients = jax.lax.scan(step, carry, length=steps, unroll=unroll)
   alphas, betas = map(jnp.asarray, coefficients)
   # Once only rounding errors are left, the recurrence has ended. What follows
   # is replaced by a number in the range.

@@ -87,6 +87,7 @@ def maximize(
     best=-jnp.array(jnp.finfo(dtype).max, dtype),
     rule_state=rule.init(steps, dtype),
   )
+  unroll = _ball.unrolled(unroll, steps)
   carry, _ = jax.lax.scan(step, carry, jnp.arange(steps), unroll=unroll)
   return better((carry.best, carry.best_point), (fun(carry.point), carry.point))
 
