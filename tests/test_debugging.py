@@ -152,16 +152,16 @@ def test_value_and_grad_and_sharpness():
     sharpness.worst_case(
       loss_fn,
       params,
-      0.1,
+      rho,
       step_rule=rule,
       ord=p,
       steps=3,
       restarts=2,
       key=key,
     )
-    for rule, p in (
-      (sharpness.fixed_steps(), 2),
-      (sharpness.apgd_steps(), jnp.inf),
+    for rule, p, rho in (
+      (sharpness.fixed_steps(jnp.bfloat16(0.5)), 2, jnp.float16(0.1)),
+      (sharpness.apgd_steps(), jnp.inf, jnp.int32(1)),
     )
   ]
   measures.append(sharpness.average_case(loss_fn, params, 0.1, key, samples=2))

@@ -75,7 +75,7 @@ SIGNATURES = {
   ),
   sharpness.max_hessian_eigenvalue: (
     '(loss_fn, params, key, *, normalization=normalization, steps=50,'
-    ' mask=None, perturbed_dtype=float32, batches=None)'
+    ' mask=None, perturbed_dtype=float32, batches=None, unroll=1)'
   ),
   sharpness.loss_along: (
     '(loss_fn, params, *axes, perturbed_dtype=float32, batches=None)'

@@ -424,9 +424,23 @@ def test_never_falls(measure, option, numbers):
   values = [measured(*args, **option, **number) for number in numbers]
   assert (np.diff(values) >= 0).all()
   assert values[-1] > values[0]
-  if 'steps' in option:
-    unrolled = measured(*args, **option, **numbers[0], unroll=True)
-    assert abs(unrolled / values[0] - 1) < 1e-6
+
+
+def test_derivative_by_rho():
+  """Of (5 + rho)^2 - 25, and zero where the run stays, not NaN."""
+
+  def rise(rho, w):
+    return worst_case(
+      lambda w: w @ w,
+      w,
+      rho,
+      normalization=normalization.identity(),
+      steps=2,
+    )
+
+  derivative = quick_jit(jax.grad(rise))
+  np.testing.assert_allclose(derivative(0.5, jnp.array([3.0, 4.0])), 11)
+  assert derivative(0.5, jnp.zeros(2)) == 0
 
 
 @pytest.mark.parametrize('measure', ['fixed, ball', 'normal'])
@@ -608,6 +622,38 @@ def test_points_of_batches():
   deviation = np.std(singles)
   assert abs(means[0] - np.mean(singles)) < 5 * deviation / np.sqrt(30)
   assert 0 < abs(means[0] - means[1]) < 10 * deviation / np.sqrt(2000)
+
+
+@pytest.mark.parametrize(
+  ('measure', 'options', 'n'),
+  [
+    ('fixed, ball', {'steps': 1, 'restarts': 2}, 1),
+    ('eigenvalue', {'steps': 3}, 2),
+  ],
+)
+def test_unroll(measure, options, n):
+  """The same value without a loop over steps, restarts or batches."""
+  function, own = MEASURES[measure]
+  params, data, *_ = quadratic_problem(0, SPECTRA['indefinite'])
+  batches = jax.tree.map(lambda x: np.stack([x, 2 * x][:n]), data)
+  key = jax.random.key(0, impl='unsafe_rbg')  # Others draw in a loop on CPU.
+  args = params, batches, operator_at('identity', params), 0.5, key
+  options = own | options | {'batched': True}
+  rolled, unrolled = (
+    compiled(function, quadratic, **options, **unroll).lower(*args)
+    for unroll in ({}, {'unroll': True})
+  )
+  assert 'stablehlo.while' in rolled.as_text()
+  assert 'stablehlo.while' not in unrolled.as_text()
+  values = [program.compile()(*args) for program in (rolled, unrolled)]
+  assert abs(values[0] / values[1] - 1) < 1e-5
+
+
+def test_wrong_key_with_batches():
+  """It is named before JAX derives the keys of the batches from it."""
+  key = jnp.ones(2)
+  with pytest.raises(TypeError, match='key must be a random key'):
+    worst_case(rough, ROUGH, 0.1, key=key, batches=jnp.ones(3))
 
 
 def test_loss_along(x64):

@@ -92,6 +92,7 @@ def average_case(
   params = _ball.widen(params, perturbed_dtype)
   coordinates = _geometry.coordinates(params, normalization, mask)
   center = _ball.origin(params, coordinates)
+  rho = jnp.asarray(rho, center[0].dtype)
 
   def on_batch(loss_fn, key):
     rise = _ball.rise(loss_fn, params, coordinates)
@@ -102,9 +103,9 @@ def average_case(
         point = _ball.normal(sample_key, center)
       else:
         point = _ball.in_ball(sample_key, center, ord)
-      return total + rise(_ball.scale(rho, point)), None
+      return total + rise([rho * x for x in point]), None
 
-    zero = jnp.zeros([], jax.eval_shape(rise, center).dtype)
+    zero = jnp.zeros([], center[0].dtype)
     total, _ = jax.lax.scan(sample, zero, jnp.arange(samples))
     return _ball.at_radius(rho, total / samples)
 

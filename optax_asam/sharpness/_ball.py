@@ -16,9 +16,9 @@ from optax_asam import _checks
 from optax_asam import _geometry
 from optax_asam import _trees
 from optax_asam import normalization as _normalization
+from optax_asam._geometry import Arrays
 
 LossFn = Callable[..., Any]
-Arrays = list[jax.Array]
 
 # The default of all measures, as in `asam`.
 ELEMENTWISE = _normalization.elementwise()
@@ -26,17 +26,25 @@ ELEMENTWISE = _normalization.elementwise()
 
 def rise(
   loss_fn: LossFn, params: optax.Params, coordinates: _geometry.Coordinates
-) -> Callable[[list[jax.Array]], jax.Array]:
+) -> Callable[[Arrays], jax.Array]:
   """L(w + T u) - L(w) as a function of u."""
   dtype = _trees.accumulator_dtype(*jax.tree.leaves(params))
+  loss = checked_loss(loss_fn, dtype)
+  base = loss(params)
+  return lambda u: loss(_geometry.perturb(params, coordinates.push(u))) - base
 
-  def value(params):
+
+def checked_loss(
+  loss_fn: LossFn, dtype: Any
+) -> Callable[[optax.Params], jax.Array]:
+  """``loss_fn`` in ``dtype``; raises unless the loss is a real scalar."""
+
+  def loss(params):
     value = loss_fn(params)
     _checks.check_scalar('loss_fn', value)
     return jnp.asarray(value, dtype)
 
-  base = value(params)
-  return lambda u: value(_geometry.perturb(params, coordinates.push(u))) - base
+  return loss
 
 
 def widen(params: optax.Params, dtype: Any) -> optax.Params:
@@ -52,9 +60,7 @@ def widen(params: optax.Params, dtype: Any) -> optax.Params:
   return jax.tree.map(leaf, params)
 
 
-def origin(
-  params: optax.Params, coordinates: _geometry.Coordinates
-) -> list[jax.Array]:
+def origin(params: optax.Params, coordinates: _geometry.Coordinates) -> Arrays:
   """The origin of the coordinates."""
   zeros = [jnp.zeros_like(x) for x in coordinates.pull(params)]
   if not sum(x.size for x in zeros):
@@ -65,12 +71,12 @@ def origin(
   return zeros
 
 
-def at_radius(rho: chex.Numeric, rise: jax.Array) -> jax.Array:
+def at_radius(rho: jax.Array, rise: jax.Array) -> jax.Array:
   """``rise``, but zero if ``rho`` is zero, unless it is NaN.
 
   L(w + 0) and L(w) may be summed in different orders.
   """
-  return jnp.where(jnp.asarray(rho) == 0, 0 * rise, rise)
+  return jnp.where(rho == 0, 0 * rise, rise)
 
 
 def mean_over_batches(
@@ -78,19 +84,37 @@ def mean_over_batches(
   loss_fn: LossFn,
   key: jax.Array | None,
   batches: Any,
+  unroll: int | bool = 1,
 ) -> jax.Array:
-  """``on_batch`` of ``loss_fn``, or its mean over the leading axis."""
+  """``on_batch`` of ``loss_fn``, or its mean over the leading axis.
+
+  The loop over batches is unrolled if ``unroll`` is True.
+  """
   if batches is None:
     return on_batch(loss_fn, key)
   n = _checks.check_batches(batches)
 
-  def on_numbered_batch(numbered):
+  def on_numbered_batch(_, numbered):
     i, batch = numbered
     batch_key = None if key is None else jax.random.fold_in(key, i)
-    return on_batch(lambda params: loss_fn(params, batch), batch_key)
+    return None, on_batch(lambda params: loss_fn(params, batch), batch_key)
 
-  values = jax.lax.map(on_numbered_batch, (jnp.arange(n), batches))
+  _, values = jax.lax.scan(
+    on_numbered_batch,
+    None,
+    (jnp.arange(n), batches),
+    unroll=unrolled(unroll is True, n),
+  )
   return jnp.mean(values, axis=0)
+
+
+def unrolled(unroll: int | bool, length: int) -> int | bool:
+  """``unroll`` for :func:`jax.lax.scan`, without a loop if it is True.
+
+  With True, :func:`jax.lax.scan` leaves a loop of one step, and in any loop XLA
+  runs convolutions many times slower on CPU.
+  """
+  return max(length, 2) if unroll is True else unroll
 
 
 def check_arguments(
@@ -100,6 +124,7 @@ def check_arguments(
   normalization: _normalization.Normalization,
   mask: _trees.Mask | None,
   perturbed_dtype: Any,
+  key: jax.Array | None = None,
 ) -> None:
   """Raises unless the arguments that all measures share are valid."""
   _checks.check_function('loss_fn', loss_fn, 'lambda params: loss(params)')
@@ -109,21 +134,17 @@ def check_arguments(
   _normalization.check('normalization', normalization)
   _trees.check_mask(mask)
   _checks.check_perturbed_dtype(perturbed_dtype)
+  if key is not None:
+    _checks.check_key(key)
 
 
-def l2_norm(u: Arrays) -> jax.Array:
-  """The 2-norm of all arrays together."""
-  return jnp.sqrt(sum(jnp.sum(x * x) for x in u))
-
-
-def project(u: Arrays, radius: jax.typing.ArrayLike, p: float) -> Arrays:
-  """The nearest point of the ball."""
+def project(u: Arrays, radius: jax.Array, p: float) -> Arrays:
+  """The nearest point of the ball, whose radius has the dtype of u."""
   if p == math.inf:
-    radii = [jnp.asarray(radius, x.dtype) for x in u]
-    return [jnp.clip(x, -r, r) for x, r in zip(u, radii, strict=True)]
-  norm = l2_norm(u)
-  scale = jnp.where(norm > radius, radius / jnp.where(norm > 0, norm, 1), 1)
-  return [scale.astype(x.dtype) * x for x in u]
+    return [jnp.clip(x, -radius, radius) for x in u]
+  norm, _ = _geometry.guarded_norm(u)
+  factor = jnp.where(norm > radius, radius / norm, 1)
+  return [factor * x for x in u]
 
 
 def normal(key: jax.Array, zeros: Arrays) -> Arrays:
@@ -146,12 +167,7 @@ def in_ball(key: jax.Array, zeros: Arrays, p: float) -> Arrays:
     ]
   direction = normal(key, zeros)
   size = sum(x.size for x in zeros)
-  norm = l2_norm(direction)
+  norm, _ = _geometry.guarded_norm(direction)
   key = jax.random.fold_in(key, len(zeros))
   radius = jax.random.uniform(key, dtype=norm.dtype) ** (1 / size)
-  return scale(radius / norm, direction)
-
-
-def scale(a: chex.Numeric, u: Arrays) -> Arrays:
-  """``a u`` in the dtype of u."""
-  return [jnp.asarray(a, x.dtype) * x for x in u]
+  return [radius / norm * x for x in direction]

@@ -11,6 +11,7 @@ from optax_asam import _checks
 from optax_asam import _geometry
 from optax_asam import _trees
 from optax_asam import normalization as _normalization
+from optax_asam._geometry import Arrays
 from optax_asam.sharpness import _ball
 
 
@@ -24,6 +25,7 @@ def max_hessian_eigenvalue(
   mask: _trees.Mask | None = None,
   perturbed_dtype: Any = jnp.float32,
   batches: Any = None,
+  unroll: int | bool = 1,
 ) -> jax.Array:
   r"""The largest eigenvalue of the normalized Hessian.
 
@@ -48,6 +50,7 @@ def max_hessian_eigenvalue(
       :func:`optax_asam.asam`.
     perturbed_dtype: As in :func:`worst_case`.
     batches: As in :func:`worst_case`; the result is the mean eigenvalue.
+    unroll: As in :func:`worst_case`.
 
   Returns:
     The eigenvalue, a scalar, at least float32. It may be negative.
@@ -87,15 +90,17 @@ def max_hessian_eigenvalue(
       lambda v: jax.jvp(grad_fn, (center,), (v,))[1],
       _ball.normal(key, center),
       steps,
+      unroll,
     )
 
-  return _ball.mean_over_batches(on_batch, loss_fn, key, batches)
+  return _ball.mean_over_batches(on_batch, loss_fn, key, batches, unroll)
 
 
 def _max_eigenvalue(
-  product: Callable[[_ball.Arrays], _ball.Arrays],
-  start: _ball.Arrays,
+  product: Callable[[Arrays], Arrays],
+  start: Arrays,
   steps: int,
+  unroll: int | bool,
 ) -> jax.Array:
   """The largest eigenvalue of a symmetric operator.
 
@@ -108,12 +113,13 @@ def _max_eigenvalue(
     product: The operator.
     start: A random vector, arrays of one dtype, at least float32.
     steps: Number of products.
+    unroll: As in :func:`jax.lax.scan`.
   """
 
   def step(carry, _):
     previous, current, beta = carry
     product_ = product(current)
-    alpha = sum(jnp.sum(x * y) for x, y in zip(product_, current, strict=True))
+    alpha = _trees.dot(product_, current)
     rest = [
       x - alpha * y - beta * z
       for x, y, z in zip(product_, current, previous, strict=True)
@@ -126,7 +132,8 @@ def _max_eigenvalue(
   carry = zeros, current, jnp.zeros([], start[0].dtype)
   # It ends after as many steps as dimensions, were it not for rounding errors.
   steps = min(steps, max(1, 2 * sum(x.size for x in start)))
-  _, coefficients = jax.lax.scan(step, carry, length=steps)
+  unroll = _ball.unrolled(unroll, steps)
+  _, coefficients = jax.lax.scan(step, carry, length=steps, unroll=unroll)
   alphas, betas = map(jnp.asarray, coefficients)
   # Once only rounding errors are left, the recurrence has ended. What follows
   # is replaced by a number in the range.
@@ -139,8 +146,7 @@ def _max_eigenvalue(
   return jnp.linalg.eigvalsh(tridiagonal)[-1]
 
 
-def _normalize(x: _ball.Arrays) -> tuple[_ball.Arrays, jax.Array]:
+def _normalize(x: Arrays) -> tuple[Arrays, jax.Array]:
   """``x`` with norm 1, or zero if it is zero, and its norm."""
-  norm = _ball.l2_norm(x)
-  safe_norm = jnp.where(norm == 0, 1, norm)
-  return [leaf / safe_norm for leaf in x], norm
+  norm, usable = _geometry.guarded_norm(x)
+  return [leaf / norm for leaf in x], jnp.where(usable, norm, 0)

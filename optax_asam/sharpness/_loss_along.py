@@ -75,6 +75,7 @@ def loss_along(
 
   def on_batch(loss_fn, key):
     del key
+    loss = _ball.checked_loss(loss_fn, dtype)
 
     def value(point):
       eps = jax.tree.map(
@@ -83,9 +84,7 @@ def loss_along(
         ),
         *directions,
       )
-      value = loss_fn(_geometry.perturb(params, eps))
-      _checks.check_scalar('loss_fn', value)
-      return jnp.asarray(value, dtype)
+      return loss(_geometry.perturb(params, eps))
 
     losses = jax.lax.map(value, [t.ravel() for t in grid])
     return losses.reshape(grid[0].shape)

@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from optax_asam import _geometry
+from optax_asam._geometry import Arrays
 from optax_asam.sharpness import _ball
 from optax_asam.sharpness._step_rules import StepRule
-
-Arrays = list[jax.Array]
 
 
 class _Carry(NamedTuple):
@@ -29,7 +28,7 @@ class _Carry(NamedTuple):
 def maximize(
   fun: Callable[[Arrays], jax.Array],
   start: Arrays,
-  radius: chex.Numeric,
+  radius: jax.Array,
   p: float,
   *,
   steps: int,
@@ -41,7 +40,7 @@ def maximize(
   Args:
     fun: A function from u, arrays of one dtype, at least float32, to a scalar.
     start: The first point, inside the ball.
-    radius: The radius of the ball.
+    radius: The radius of the ball, in the same dtype.
     p: 2 or inf.
     steps: Number of steps, each of which costs a gradient.
     rule: The sizes of the steps.
@@ -52,7 +51,7 @@ def maximize(
     NaN counts as the largest.
   """
   value_and_grad = jax.value_and_grad(fun)
-  dtype = jax.eval_shape(fun, start).dtype
+  dtype = start[0].dtype
 
   def step(carry, k):
     value, grads = value_and_grad(carry.point)
@@ -67,7 +66,7 @@ def maximize(
     point, grads = _where(jump, (best_point, best_grads), (carry.point, grads))
     steepest = zip(*_geometry.steepest_direction(grads, p), strict=True)
     direction = [jnp.where(is_used, x, 0) for x, is_used in steepest]
-    length = size * radius
+    length = jnp.asarray(size, dtype) * radius
     target = _ball.project(_combine(1, point, length, direction), radius, p)
     # No momentum after a jump, or before the first step.
     weight = jnp.where(jump | (k == 0), 1.0, rule.momentum)
@@ -88,6 +87,7 @@ def maximize(
     best=-jnp.array(jnp.finfo(dtype).max, dtype),
     rule_state=rule.init(steps, dtype),
   )
+  unroll = _ball.unrolled(unroll, steps)
   carry, _ = jax.lax.scan(step, carry, jnp.arange(steps), unroll=unroll)
   return better((carry.best, carry.best_point), (fun(carry.point), carry.point))
 

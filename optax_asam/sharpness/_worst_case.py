@@ -69,9 +69,10 @@ def worst_case(
       loses most of a small perturbation.
     batches: None, or a pytree whose leaves have a leading axis of batches. The
       result is then the mean over the batches, each with its own worst point.
-    unroll: As in :func:`jax.lax.scan`, for the loop over the steps. On CPU, XLA
-      runs convolutions many times slower in a loop: True avoids that, but
-      compile time grows with the number of steps.
+    unroll: As in :func:`jax.lax.scan`, for the loop over the steps; True also
+      unrolls those over restarts and batches. On CPU, XLA runs convolutions
+      many times slower in a loop: True leaves none, but compile time grows with
+      the number of gradients.
 
   Returns:
     The rise, a scalar in the units of the loss, at least float32. NaN if the
@@ -98,7 +99,7 @@ def worst_case(
     and Generalization <https://arxiv.org/abs/2302.07011>`_, 2023, section 3.
   """
   _ball.check_arguments(
-    loss_fn, params, rho, normalization, mask, perturbed_dtype
+    loss_fn, params, rho, normalization, mask, perturbed_dtype, key
   )
 
   def on_batch(loss_fn, key):
@@ -117,7 +118,7 @@ def worst_case(
       unroll=unroll,
     )[0]
 
-  return _ball.mean_over_batches(on_batch, loss_fn, key, batches)
+  return _ball.mean_over_batches(on_batch, loss_fn, key, batches, unroll)
 
 
 def worst_perturbation(
@@ -150,7 +151,7 @@ def worst_perturbation(
     key: A random key for the runs after the first.
     mask: Which leaves are perturbed.
     perturbed_dtype: The dtype in which w + eps is formed.
-    unroll: As in :func:`jax.lax.scan`.
+    unroll: Whether and how far loops are unrolled.
 
   Returns:
     The rise of the loss, a scalar, and :math:`\epsilon`, a pytree like
@@ -172,7 +173,7 @@ def worst_perturbation(
     [0.3 0.4]
   """
   _ball.check_arguments(
-    loss_fn, params, rho, normalization, mask, perturbed_dtype
+    loss_fn, params, rho, normalization, mask, perturbed_dtype, key
   )
   _checks.check_ord_of_projection(ord)
   _checks.check_count('steps', steps)
@@ -183,16 +184,10 @@ def worst_perturbation(
       f' For example: step_rule=sharpness.fixed_steps(0.25) or'
       f' step_rule=sharpness.apgd_steps().'
     )
-  if restarts > 1 and key is None:
-    raise ValueError(
-      f'key must be given for restarts, but got None for restarts={restarts}.'
-      f' For example: key=jax.random.key(0).'
-    )
-  if key is not None:
-    _checks.check_key(key)
   params = _ball.widen(params, perturbed_dtype)
   coordinates = _geometry.coordinates(params, normalization, mask)
   center = _ball.origin(params, coordinates)
+  rho = jnp.asarray(rho, center[0].dtype)
   rise = _ball.rise(loss_fn, params, coordinates)
 
   def run(start):
@@ -202,16 +197,26 @@ def worst_perturbation(
 
   def restart(best, key):
     point = _ball.in_ball(key, center, ord)
-    return _projected_ascent.better(best, run(_ball.scale(rho, point))), None
+    return _projected_ascent.better(best, run([rho * x for x in point])), None
 
-  best = run(center)
-  if restarts > 1 and key is not None:
+  if restarts == 1:
+    value, u = run(center)
+  elif key is None:
+    raise ValueError(
+      f'key must be given for restarts, but got None for restarts={restarts}.'
+      f' For example: key=jax.random.key(0).'
+    )
+  else:
     # More restarts start with the keys of fewer restarts.
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(
       jnp.arange(1, restarts)
     )
-    best, _ = jax.lax.scan(restart, best, keys)
-  value, u = best
+    (value, u), _ = jax.lax.scan(
+      restart,
+      run(center),
+      keys,
+      unroll=_ball.unrolled(unroll is True, restarts - 1),
+    )
   eps = _trees.fill_masked(coordinates.push(u), params)
   # At w the rise is zero, which rounding in a fused program may miss.
   return _ball.at_radius(rho, jnp.maximum(value, 0)), eps
