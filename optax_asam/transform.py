@@ -83,9 +83,10 @@ def sharpness_aware(
     An :class:`optax.GradientTransformationExtraArgs`. Its ``update(grads,
     state, params, ...)`` takes exactly one of ``grad_fn(params) -> grads`` and
     ``value_fn(params) -> scalar`` by keyword (``obj_fn`` is another name for
-    the latter; next to either, it is left to ``base_tx``). Extra arguments go to the ascent and, if they are in its
-    signature, to ``value_fn``, as in :func:`optax.lbfgs`. It returns gradients
-    in the dtypes of ``grads``, and a :class:`SharpnessAwareState`.
+    the latter; next to either, it is left to ``base_tx``). Extra arguments go
+    to the ascent and, if they are in its signature, to ``value_fn``, as in
+    :func:`optax.lbfgs`. It returns gradients in the dtypes of ``grads``, and a
+    :class:`SharpnessAwareState`.
 
   Raises:
     TypeError: An argument or the result of a function has the wrong type.
