@@ -216,7 +216,7 @@ def test_init_and_map_params(base):
   """``eval_shape`` works, and ``map_params`` maps what is like params.
 
   That is the base's state, LookSAM's direction, the perturbation and the
-  average of momentum ASAM.
+  average of momentum ASAM, and the average of F-SAM.
   """
   params, add_one = make_params(), lambda x: x + 1
   base_tx = BASES[base]()
@@ -226,7 +226,7 @@ def test_init_and_map_params(base):
         optax.tree.map_params(tx, add_one, tx.init(params))
     return
   of_base = optax.tree.map_params(base_tx, add_one, base_tx.init(params))
-  for wrap in WRAPPERS.values():
+  for wrapper, wrap in WRAPPERS.items():
     tx = wrap(base_tx)
     state, abstract = tx.init(params), jax.eval_shape(tx.init, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(abstract, state)
@@ -237,6 +237,10 @@ def test_init_and_map_params(base):
       for name in ('direction', 'perturbation', 'momentum')
       if hasattr(own, name)
     }
+    if wrapper == 'friendly':
+      (average,), *rest = own.ascent_state
+      mapped_average = ascent.FriendlyState(jax.tree.map(add_one, average))
+      more['ascent_state'] = (mapped_average, *rest)
     if own is state:
       assert_same_bits(mapped, own._replace(base_state=of_base, **more))
     else:
