@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import compiled
 from benchmarks import models
 from benchmarks import step_time
 from benchmarks import step_time_report
@@ -170,6 +171,30 @@ def test_late_alone(quickly_compiled):
   methods = [row['method'] for row in rows]
   assert methods == ['base', 'asam', 'every_5', 'late_20']
   assert rows[-1]['instructions'] == rows[-2]['instructions'] > 0
+
+
+RECORDED = step_time_report.load()['step_time']
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  jax.__version__ != RECORDED['versions']['jax'], reason='of another XLA'
+)
+@pytest.mark.parametrize('method', ['asam', 'momentum_asam'])
+def test_recorded_costs(method):
+  """What is recorded of compiled programs is still true."""
+  model = models.make('MLP', 'cpu')
+  each = steps.METHODS[method](model, models.optimizer('MLP'))
+  program = step_time.build(each.cycle[0], each.carry, model.batch)
+  (row,) = (
+    row
+    for row in RECORDED['rows']
+    if (row['model'], row['method']) == ('MLP', method)
+  )
+  temp_bytes = compiled.temp_bytes(program.call)
+  assert temp_bytes == pytest.approx(row['temp_bytes'], rel=0.02)
+  instructions = compiled.instructions(program.call)
+  assert instructions == pytest.approx(row['instructions'], rel=0.02)
 
 
 @pytest.mark.slow
