@@ -636,6 +636,8 @@ def test_recorded():
     assert difference['mean'] == pytest.approx(-2, abs=0.1)
     assert difference['interval_95'][1] < 0
     assert min(last[name]) > max(last['adam'])
+  for name, search in recorded['search'].items():
+    assert search['rho'] < optimizers[name]['rho']
   found = [
     x['validation_bleu'] for x in recorded['search']['asam']['candidates']
   ]
