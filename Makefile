@@ -131,4 +131,4 @@ $(MATHJAX):
 	touch $@
 
 clean:
-	rm -rf .venv dist docs/_build docs/api/generated out/docs out/tests
+	rm -rf .venv dist docs/_build docs/api/generated docs/jupyter_execute out/docs out/tests

@@ -583,12 +583,10 @@ def _first_difference(tree: Any, params: optax.Params) -> str:
 
 def check_perturbation(eps: Any, params: optax.Params) -> None:
   """Raises unless ``eps``, from an ascent, may be added to ``params``."""
-  if jax.tree.structure(eps, is_leaf=is_masked) == jax.tree.structure(params):
-    leaves = jax.tree.leaves(eps, is_leaf=is_masked)
+  leaves, treedef = jax.tree.flatten(eps, is_leaf=is_masked)
+  if treedef == jax.tree.structure(params):
     pairs = zip(leaves, jax.tree.leaves(params), strict=True)
-    eps = jax.tree.unflatten(
-      jax.tree.structure(params), [w if is_masked(e) else e for e, w in pairs]
-    )
+    eps = treedef.unflatten(w if is_masked(e) else e for e, w in pairs)
   check_like(
     'the result of ascent',
     eps,

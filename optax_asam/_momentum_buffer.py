@@ -63,9 +63,9 @@ def check_found(
   update of a small tree with the structure of ``params``: what the gradient
   adds to the momentum must be a positive multiple of it.
   """
-  found = find(state, params)
-  if len(found) != 1:
-    raise _checks.no_momentum(f'it keeps {len(found)}')
+  buffers = find(state, params)
+  if len(buffers) != 1:
+    raise _checks.no_momentum(f'it keeps {len(buffers)}')
   random = np.random.default_rng(0)
 
   def small(w):
@@ -77,7 +77,7 @@ def check_found(
     return size * random.choice([-3, -2, -1, 1, 2, 3], zeros.shape)
 
   zeros = jax.tree.map(small, params)
-  grads = jax.tree.map(grad, zeros, *found)
+  grads = jax.tree.map(grad, zeros, *buffers)
   with jax.ensure_compile_time_eval():  # Under jit, too.
     dtypes = jax.tree.map(_trees.accumulator_dtype, params)
     zeros = jax.tree.map(jnp.asarray, zeros, dtypes)

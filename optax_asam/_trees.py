@@ -44,7 +44,7 @@ def cast_like(tree: PyTree, like: PyTree) -> PyTree:
   )
 
 
-def average(tree: PyTree, axis_name: Any) -> PyTree:
+def pmean(tree: PyTree, axis_name: Any) -> PyTree:
   """The mean over the mapped axes ``axis_name``, if it is not None."""
   return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 

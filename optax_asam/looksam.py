@@ -154,9 +154,6 @@ def looksam(
   def update_fn(updates, state, params=None, **extra_args):
     params = _checks.checked_params(params, updates)
 
-    def average(tree):
-      return _trees.average(tree, axis_name)
-
     def look():
       grads, (_, value, _) = sharpness_aware.update(
         updates,
@@ -166,11 +163,11 @@ def looksam(
         params,
         **extra_args,
       )
-      direction = _direction(average(updates), grads)
+      direction = _direction(_trees.pmean(updates, axis_name), grads)
       return grads, value, _trees.cast_like(direction, state.direction)
 
     def reuse():
-      grads = _along(average(updates), state.direction, alpha)
+      grads = _along(_trees.pmean(updates, axis_name), state.direction, alpha)
       return grads, state.perturbed_value, state.direction
 
     # As in `sharpness_aware`: a schedule of rho counts every update, and under

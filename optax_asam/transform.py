@@ -172,9 +172,6 @@ def sharpness_aware(
       _checks.check_perturbation(eps, params)
       return eps, ascent_state
 
-    def average(tree):
-      return _trees.average(tree, axis_name)
-
     def perturbed_pass():
       eps, ascent_state = ascend(updates)
       perturbed_params = climb(
@@ -187,13 +184,14 @@ def sharpness_aware(
       value, grads = value_and_grad_fn(perturbed_params)
       if axis_name is not None:
         _checks.check_varies(perturbed_params, grads, axis_name)
-      grads = average(grads)
+      grads = _trees.pmean(grads, axis_name)
       if value is None:
         value = state.perturbed_value
       else:
-        value = average(jnp.asarray(value, state.perturbed_value.dtype))
+        value = jnp.asarray(value, state.perturbed_value.dtype)
+        value = _trees.pmean(value, axis_name)
       if descent is not None:
-        grads = descend(descent, average(updates), grads)
+        grads = descend(descent, _trees.pmean(updates, axis_name), grads)
       return (value, grads), ascent_state
 
     if every_k == 1 and when is None:
@@ -210,7 +208,7 @@ def sharpness_aware(
       value, grads = jax.lax.cond(
         is_due,
         lambda: perturbed_pass()[0],
-        lambda: (state.perturbed_value, average(updates)),
+        lambda: (state.perturbed_value, _trees.pmean(updates, axis_name)),
       )
     return grads, SharpnessAwareState(
       step=optax.safe_increment(state.step),

@@ -7,7 +7,6 @@ import pytest
 
 import optax_asam
 from optax_asam import asam
-from optax_asam import ascent
 from optax_asam import descent
 from optax_asam import looksam
 from optax_asam import momentum_asam
@@ -15,6 +14,7 @@ from optax_asam import normalization
 from optax_asam import sam
 from optax_asam import sharpness
 from optax_asam import sharpness_aware
+from tests.helpers.cases import ASCENTS
 
 pytestmark = pytest.mark.usefixtures('quickly_compiled')
 
@@ -43,12 +43,7 @@ TRANSFORMATIONS = {
   'looksam': looksam(SGD, every_k=2),
   'gsam': asam(SGD, descent=descent.gsam()),
   'wsam': asam(SGD, descent=descent.wsam()),
-  'friendly': optax.chain(
-    sharpness_aware(
-      optax.chain(ascent.friendly(), ascent.rho_ball(0.5, 0.01, True))
-    ),
-    SGD,
-  ),
+  'friendly': optax.chain(sharpness_aware(ASCENTS['friendly']), SGD),
 }
 PARAMS = {
   'kernel': {dtype: jnp.full((2, 2), 0.5, dtype) for dtype in DTYPES},

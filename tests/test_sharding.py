@@ -16,12 +16,12 @@ import optax
 import pytest
 
 from optax_asam import asam
-from optax_asam import ascent
 from optax_asam import descent
 from optax_asam import looksam
 from optax_asam import momentum_asam
 from optax_asam import sharpness_aware
 from tests.helpers import network
+from tests.helpers.cases import ASCENTS
 from tests.helpers.support import SHARDY
 from tests.helpers.support import error
 
@@ -112,11 +112,7 @@ TRANSFORMATIONS = {
   'looksam': looksam(SGD, every_k=2),
   'momentum_asam': momentum_asam(SGD, rho=0.5),
   'friendly and gsam': optax.chain(
-    sharpness_aware(
-      optax.chain(ascent.friendly(), ascent.rho_ball(0.5, 0.01, True)),
-      descent.gsam(),
-    ),
-    SGD,
+    sharpness_aware(ASCENTS['friendly'], descent.gsam()), SGD
   ),
 }
 

@@ -184,6 +184,18 @@ def worst_perturbation(
       f' For example: step_rule=sharpness.fixed_steps(0.25) or'
       f' step_rule=sharpness.apgd_steps().'
     )
+  if restarts == 1:
+    keys = None
+  elif key is None:
+    raise ValueError(
+      f'key must be given for restarts, but got None for restarts={restarts}.'
+      f' For example: key=jax.random.key(0).'
+    )
+  else:
+    # More restarts start with the keys of fewer restarts.
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(
+      jnp.arange(1, restarts)
+    )
   params = _ball.widen(params, perturbed_dtype)
   coordinates = _geometry.coordinates(params, normalization, mask)
   center = _ball.origin(params, coordinates)
@@ -199,24 +211,12 @@ def worst_perturbation(
     point = _ball.in_ball(key, center, ord)
     return _projected_ascent.better(best, run([rho * x for x in point])), None
 
-  if restarts == 1:
-    value, u = run(center)
-  elif key is None:
-    raise ValueError(
-      f'key must be given for restarts, but got None for restarts={restarts}.'
-      f' For example: key=jax.random.key(0).'
+  best = run(center)
+  if keys is not None:
+    best, _ = jax.lax.scan(
+      restart, best, keys, unroll=_ball.unrolled(unroll is True, restarts - 1)
     )
-  else:
-    # More restarts start with the keys of fewer restarts.
-    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(
-      jnp.arange(1, restarts)
-    )
-    (value, u), _ = jax.lax.scan(
-      restart,
-      run(center),
-      keys,
-      unroll=_ball.unrolled(unroll is True, restarts - 1),
-    )
+  value, u = best
   eps = _trees.fill_masked(coordinates.push(u), params)
   # At w the rise is zero, which rounding in a fused program may miss.
   return _ball.at_radius(rho, jnp.maximum(value, 0)), eps

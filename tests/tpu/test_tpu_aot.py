@@ -62,8 +62,8 @@ def test_scalar_all_reduces_alone(name):
   """At most one per sharding, 4 bytes per array, two copies of memory."""
   network = NETWORKS[name]
   found, reference = (
-    compiled.read(compile_step(network, steps.METHODS[name]))
-    for name in ('asam', 'two_gradients')
+    compiled.read(compile_step(network, steps.METHODS[method]))
+    for method in ('asam', 'two_gradients')
   )
   added = compiled.added(found.collectives, reference.collectives)
   temporary_bytes = found.temporary_bytes - reference.temporary_bytes
