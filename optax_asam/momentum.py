@@ -176,7 +176,7 @@ def momentum_asam(
     scalars = _geometry.reduce(h, ord)
     # T m is computed again: kept until the norm of all leaves is known, it
     # would take as much memory as the parameters.
-    w, m, scalars = jax.lax.optimization_barrier((w, m, scalars))
+    w, m, scalars = _barrier((w, m, scalars))
     coordinates, h = pull(w, m)
     eps = coordinates.push(*_geometry.direction(h, scalars, ord))
     eps, rho_state = scale.update(eps, state.rho_state, w)
@@ -306,3 +306,14 @@ def _rounded(tree: Any) -> Any:
     return rounded.astype(dtype)
 
   return jax.tree.map(leaf, tree)
+
+
+@jax.custom_jvp
+def _barrier(tree: Any) -> Any:
+  """An optimization barrier that JAX before 0.5.3 can differentiate, too."""
+  return jax.lax.optimization_barrier(tree)
+
+
+@_barrier.defjvp
+def _(primals, tangents):
+  return _barrier(*primals), *tangents
