@@ -51,7 +51,7 @@ def dtype_of(value: Any) -> Any:
 
 
 def is_float_array(value: Any) -> bool:
-  """Whether ``value`` is a floating array or a Python float."""
+  """Whether ``value`` is a floating-point array or a Python float."""
   if isinstance(value, type):
     return False
   dtype = getattr(value, 'dtype', type(value))
@@ -69,7 +69,7 @@ def is_real(value: Any) -> bool:
 
 
 def is_float_scalar(value: Any) -> bool:
-  """Whether ``value`` is a real floating scalar."""
+  """Whether ``value`` is a real floating-point scalar."""
   return is_float_array(value) and not jnp.shape(value)
 
 
@@ -317,7 +317,7 @@ def check_argnums(argnums: Any, num_args: int | None = None) -> None:
 
 
 def check_perturbed_dtype(value: Any) -> None:
-  """Raises unless ``value`` is None or a floating dtype."""
+  """Raises unless ``value`` is None or a floating-point dtype."""
   check_static('perturbed_dtype', value)
   if value is None:
     return
@@ -330,7 +330,8 @@ def check_perturbed_dtype(value: Any) -> None:
     ) from error
   if not jnp.issubdtype(dtype, jnp.floating):
     raise TypeError(
-      f'perturbed_dtype must be a floating dtype, but got {dtype}. {write}'
+      f'perturbed_dtype must be a floating-point dtype, but got {dtype}.'
+      f' {write}'
     )
 
 
@@ -485,7 +486,7 @@ def check_selects_something(mask: Any) -> None:
 
 
 def check_params(params: optax.Params) -> None:
-  """Raises unless every leaf of ``params`` is a floating array."""
+  """Raises unless every leaf of ``params`` is a floating-point array."""
   for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_masked):
     if is_float_array(leaf):
       continue
@@ -499,14 +500,14 @@ def check_params(params: optax.Params) -> None:
       )
     if not hasattr(leaf, 'dtype'):
       raise TypeError(
-        f'{name} must be a floating array, but got {leaf!r}. Pass only the'
-        f' arrays: params, static = equinox.partition(model,'
+        f'{name} must be a floating-point array, but got {leaf!r}. Pass only'
+        f' the arrays: params, static = equinox.partition(model,'
         f' equinox.is_inexact_array), with equinox.combine(params, static) in'
         f' the loss, or graphdef, params, rest = nnx.split(model, nnx.Param,'
         f' ...), with nnx.merge(graphdef, params, rest).'
       )
     raise TypeError(
-      f'{name} must be a floating array, but got dtype {leaf.dtype}. Pass'
+      f'{name} must be a floating-point array, but got dtype {leaf.dtype}. Pass'
       f' only the parameters that are trained by gradients, and a complex one'
       f' as two real arrays. The order of the arguments of an update is'
       f' tx.update(grads, state, params).'
@@ -541,7 +542,7 @@ def check_like(
 
   Args:
     name: What ``tree`` is, for the message.
-    tree: The tree, whose leaves must be floating arrays.
+    tree: The tree, whose leaves must be floating-point arrays.
     params: The tree that it should be like.
     write: What to write instead, for the message.
   """
@@ -561,7 +562,7 @@ def check_like(
         f' {jnp.shape(got)} instead of {jnp.shape(want)}. {write}'
       )
     raise TypeError(
-      f'{name} must have floating leaves, but at {path_name(path)} got'
+      f'{name} must have floating-point leaves, but at {path_name(path)} got'
       f' {dtype_of(got)} for {dtype_of(want)}. {write}'
     )
 
@@ -611,8 +612,8 @@ def check_operator(t: Any, params: optax.Params) -> None:
     name = path_name(jax.tree.leaves_with_path(params)[i][0])
     if not is_float_array(leaf):
       raise TypeError(
-        f'normalization must return floating arrays or the number 1, but at'
-        f' {name} returned {leaf!r}. {write}'
+        f'normalization must return floating-point arrays or the number 1, but'
+        f' at {name} returned {leaf!r}. {write}'
       )
     try:
       chex.assert_is_broadcastable(jnp.shape(leaf), jnp.shape(w))
@@ -809,13 +810,13 @@ def _check_nnx(name: str, module: Any) -> None:
 
 
 def _check_equinox(name: str, module: Any) -> None:
-  """Raises unless every leaf of ``module`` is a floating array."""
+  """Raises unless every leaf of ``module`` is a floating-point array."""
   for path, leaf in jax.tree.leaves_with_path(module):
     dtype = getattr(leaf, 'dtype', None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
       raise TypeError(
         f'{name} is the Equinox module {type(module).__name__}, which must hold'
-        f' only floating arrays here, but'
+        f' only floating-point arrays here, but'
         f' {name}{jax.tree_util.keystr(path)} is'
         f' {leaf if dtype is None else f"an array of dtype {dtype}"}. Use'
         f' optax_asam.equinox.filter_value_and_grad or'

@@ -45,7 +45,7 @@ def coordinates(
   normalization: Callable[[optax.Params], Any],
   mask: _trees.Mask | None,
 ) -> Coordinates:
-  """The coordinates at ``params``, whose leaves are floating arrays."""
+  """The coordinates at ``params``, whose leaves are floating-point arrays."""
   selected, treedef = jax.tree.flatten(_trees.resolve_mask(mask, params))
   _checks.check_selects_something(selected)
   t = normalization(params)

@@ -59,9 +59,10 @@ def check_found(
   """Raises unless ``state`` holds one momentum, and it is one of gradients.
 
   The states of SGD and of ``rmsprop`` with momentum look the same, but the
-  latter averages negative, preconditioned updates. So the optimizer takes one
-  update of a small tree with the structure of ``params``: what the gradient
-  adds to the momentum must be a positive multiple of it.
+  latter averages negative, preconditioned updates. So the optimizer takes two
+  updates of a small tree with the structure of ``params``, with a gradient and
+  with zeros: what the gradient adds to the momentum must be a positive multiple
+  of it.
   """
   buffers = find(state, params)
   if len(buffers) != 1:

@@ -46,8 +46,8 @@ def asam(
     rho: The radius :math:`\rho \ge 0` of the perturbation: a number, a traced
       scalar, or an Optax schedule of the number of updates; only a concrete
       number is checked. The default is for element-wise normalization and
-      ``ord=2``: others need a much smaller one, SAM usually 0.05. With
-      ``ord=inf``, it would move every weight by half.
+      ``ord=2``. SAM usually needs 0.05. With ``ord=inf``, the default would
+      move every weight by half its magnitude.
     eta: The constant :math:`\eta \ge 0` of element-wise normalization, used if
       ``adaptive`` is True.
     adaptive: True for element-wise normalization of all but biases, False for
@@ -75,8 +75,8 @@ def asam(
   Returns:
     An :class:`optax.GradientTransformationExtraArgs`. Its ``update(grads,
     state, params, ...)`` takes ``grad_fn(params) -> grads`` or
-    ``value_fn(params) -> scalar`` by keyword and returns the updates of
-    ``base_tx``, whose gradients have the dtypes of ``grads``. Its state is a
+    ``value_fn(params) -> scalar`` by keyword, passes ``base_tx`` a gradient in
+    the dtypes of ``grads``, and returns its updates. Its state is a
     tuple of :class:`SharpnessAwareState` and the state of ``base_tx``.
 
   Raises:

@@ -42,7 +42,8 @@ def steepest_ascent(
   Args:
     normalization: A function from ``params`` to :math:`T_w`, such as
       ``normalization.elementwise(eta=0.01)``: a pytree like ``params`` of
-      non-negative arrays that broadcast to their parameter, or Python ones.
+      non-negative arrays that broadcast to their parameter, or the Python
+      number 1.
     ord: The order p of the norm, in [1.001, inf].
     mask: Which leaves are perturbed; the norm is taken over those alone. A
       pytree of bools with the structure of ``params`` or a prefix of it (but
@@ -79,7 +80,7 @@ def steepest_ascent(
   .. note::
     For p = 2, one float32 reduction serves elements of :math:`T_w g` from 1e-18
     to 1e18. Elements below 1e-19 are not perturbed, and nothing is if the
-    norm is above 1e19. Do not wrap this in ``optax.masked``, which would pass
+    norm is above 6e18. Do not wrap this in ``optax.masked``, which would pass
     the raw gradient on as a perturbation: use ``mask``.
   """
   ascent = _unscaled_ascent(normalization, ord, mask)

@@ -40,11 +40,11 @@ def filter_value_and_grad(
     \epsilon = \rho \, \frac{T_w^2 \nabla L(w)}{\|T_w \nabla L(w)\|_2}
 
   A drop-in replacement for ``equinox.filter_value_and_grad`` with any
-  optimizer. The floating arrays of the first argument are differentiated and
-  perturbed. The value and the auxiliary data, such as an ``equinox.nn.State``,
-  are those of the clean pass; with ``ascent_fun``, they are those of the
-  perturbed pass. The other arguments, such as a state or a dropout key, are the
-  same in both passes.
+  optimizer. The floating-point arrays of the first argument are differentiated
+  and perturbed. The value and the auxiliary data, such as an
+  ``equinox.nn.State``, are those of the clean pass; with ``ascent_fun``, they
+  are those of the perturbed pass. The other arguments, such as a state or a
+  dropout key, are the same in both passes.
 
   Args:
     fun: A function that returns a scalar, or with ``has_aux`` a pair of a
@@ -59,10 +59,10 @@ def filter_value_and_grad(
       none (SAM), or a normalization, such as
       ``normalization.filterwise(0.01, axis=0)`` for Equinox's convolutions.
     ord: The order p of the norm, in [1.001, inf].
-    mask: Which of the floating arrays are perturbed: a pytree of bools with
-      the structure of the first argument or a prefix of it, or a function that
-      returns one. The function receives the first argument with None in place
-      of everything but floating arrays.
+    mask: Which of the floating-point arrays are perturbed: a pytree of bools
+      with the structure of the first argument or a prefix of it, or a function
+      that returns one. The function receives the first argument with None in
+      place of everything but floating-point arrays.
     ascent_steps: Number of ascent steps, each of which costs a gradient.
     descent: A function from the clean and the perturbed gradient to the one
       that is returned; by default the perturbed one.
@@ -80,8 +80,8 @@ def filter_value_and_grad(
   Returns:
     A function of the arguments of ``fun`` that returns ``(value, grads)``, or
     ``((value, aux), grads)`` with ``has_aux``. The gradient is like the first
-    argument, with None in place of everything but floating arrays. Without
-    ``fun``, a decorator.
+    argument, with None in place of everything but floating-point arrays.
+    Without ``fun``, a decorator.
 
   Raises:
     TypeError: An argument is of the wrong type, or ``rho`` is a schedule.
@@ -134,8 +134,8 @@ def filter_value_and_grad(
     params, static = eqx.partition(args[0], eqx.is_inexact_array)
     if not jax.tree.leaves(params):
       raise TypeError(
-        'The first argument, which is differentiated, must hold floating'
-        f' arrays, but got {args[0]!r}. Pass the model first.'
+        'The first argument, which is differentiated, must hold'
+        f' floating-point arrays, but got {args[0]!r}. Pass the model first.'
       )
     _checks.check_params(params)
 
@@ -186,7 +186,7 @@ def filter_grad(
     eta: The constant of element-wise normalization.
     adaptive: True, False or a normalization.
     ord: The order p of the norm, in [1.001, inf].
-    mask: Which of the floating arrays are perturbed.
+    mask: Which of the floating-point arrays are perturbed.
     ascent_steps: Number of ascent steps.
     descent: A function from the clean and the perturbed gradient to the one
       that is returned.

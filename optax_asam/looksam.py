@@ -1,7 +1,8 @@
 r"""LookSAM: the second gradient on every k-th update, reused in between.
 
-The updates in between reuse the direction in which the perturbation changed the
-gradient, so a step costs :math:`1 + 1/k` gradients on average.
+The updates in between reuse the direction of the part of the perturbed gradient
+that is orthogonal to the clean one, so a step costs :math:`1 + 1/k` gradients
+on average.
 """
 
 from collections.abc import Hashable

@@ -54,12 +54,12 @@ def momentum_asam(
     \epsilon_{t + 1} = - \rho \, \frac{T_{w_{t + 1}}^2 m_{t + 1}}
     {\|T_{w_{t + 1}} m_{t + 1}\|_2}
 
-  where :math:`m_{t + 1}` is an average of the gradients up to and including
-  :math:`g_t`, and :math:`\epsilon_0 = 0`. **The parameters of the training loop
-  are** :math:`w + \epsilon`, so an ordinary loop that calls ``tx.update(grads,
-  state, params)`` computes its gradients there. To evaluate, average or export
-  the clean parameters :math:`w`, use :func:`eval_params`. ``base_tx`` sees w,
-  so weight decay applies to w.
+  where :math:`m_{t + 1}` is the momentum, a decaying sum or average of
+  gradients that includes :math:`g_t`, and :math:`\epsilon_0 = 0`. **The
+  parameters of the training loop are** :math:`w + \epsilon`, so an ordinary
+  loop that calls ``tx.update(grads, state, params)`` computes its gradients
+  there. To evaluate, average or export the clean parameters :math:`w`, use
+  :func:`eval_params`. ``base_tx`` sees w, so weight decay applies to w.
 
   Args:
     base_tx: The optimizer, such as ``optax.sgd(0.1, momentum=0.9)``.
@@ -75,7 +75,7 @@ def momentum_asam(
     momentum: The decay :math:`0 \le \beta < 1` of an average of gradients,
       :math:`m_{t + 1} = \beta m_t + (1 - \beta) g_t`, that is kept in addition
       to the state of ``base_tx``. Non-finite gradients do not enter it. By
-      default, m is the average kept by ``base_tx``. SGD with momentum, Adam,
+      default, m is the momentum of ``base_tx``. SGD with momentum, Adam,
       AdamW, NAdam, RAdam, LAMB, Lion, AdaBelief, Yogi, AMSGrad and AdaMax keep
       one.
 

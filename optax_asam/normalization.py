@@ -207,7 +207,8 @@ def identity() -> Normalization:
   r"""No normalization: :math:`T_w = I`, the operator of SAM.
 
   Returns:
-    A function from ``params`` to a pytree like it, of Python ones.
+    A function from ``params`` to a pytree like it whose leaves are the
+    Python number 1.
 
   Examples:
     >>> import jax.numpy as jnp

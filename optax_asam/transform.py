@@ -75,9 +75,9 @@ def sharpness_aware(
       several ascent steps, a shared one also needs a ``pmean`` inside
       ``grad_fn``. An ascent whose state depends on gradients needs averaged
       ones, or replicas diverge.
-    perturbed_dtype: The floating dtype in which w + eps is formed and passed to
-      the gradient function. By default each parameter's own: bfloat16 loses
-      most of a small perturbation.
+    perturbed_dtype: The floating-point dtype in which w + eps is formed and
+      passed to the gradient function. By default each parameter's own, where
+      bfloat16 would lose most of a small perturbation.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs`. Its ``update(grads,

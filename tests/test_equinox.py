@@ -191,11 +191,13 @@ def test_mask_is_a_module(model):
 
 
 def test_wrong_first_argument(model):
-  """It is differentiated: by position, and with floating arrays in it."""
+  """It is differentiated: by position, and with floating-point arrays in it."""
   grad_fn = optax_asam.equinox.filter_grad(small_loss_fn)
   with pytest.raises(TypeError, match=r"by position, but got \['model', 'x'\]"):
     grad_fn(model=model, x=jnp.eye(3))
-  with pytest.raises(TypeError, match='must hold floating arrays, but got Seq'):
+  with pytest.raises(
+    TypeError, match='must hold floating-point arrays, but got Seq'
+  ):
     grad_fn(model[1:], jnp.eye(3))
   with pytest.raises(TypeError, match='fun must be a function'):
     optax_asam.equinox.filter_grad(1)

@@ -42,7 +42,7 @@ def average_case(
 
   Args:
     loss_fn: As in :func:`worst_case`.
-    params: The parameters w, a pytree of floating arrays.
+    params: The parameters w, a pytree of floating-point arrays.
     rho: The standard deviation or the radius :math:`\rho \ge 0`, a number or a
       traced scalar.
     key: A random key.

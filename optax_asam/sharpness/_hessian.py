@@ -41,7 +41,7 @@ def max_hessian_eigenvalue(
 
   Args:
     loss_fn: As in :func:`worst_case`, twice differentiable.
-    params: The parameters w, a pytree of floating arrays.
+    params: The parameters w, a pytree of floating-point arrays.
     key: A random key.
     normalization: A function from ``params`` to :math:`T_w`.
     steps: Number of steps, each of which costs about two gradients. The larger

@@ -32,7 +32,7 @@ def loss_along(
 
   Args:
     loss_fn: As in :func:`worst_case`.
-    params: The parameters w, a pytree of floating arrays.
+    params: The parameters w, a pytree of floating-point arrays.
     *axes: For each axis of the grid, a pair of the direction :math:`d_i`, a
       pytree like ``params``, and the numbers :math:`t_i`, a 1-D array.
     perturbed_dtype: As in :func:`worst_case`.

@@ -53,7 +53,7 @@ def worst_case(
   Args:
     loss_fn: A function ``loss_fn(params)`` that returns a real scalar, or with
       ``batches`` a function ``loss_fn(params, batch)``.
-    params: The parameters w, a pytree of floating arrays.
+    params: The parameters w, a pytree of floating-point arrays.
     rho: The radius :math:`\rho \ge 0`, a number or a traced scalar.
     normalization: A function from ``params`` to :math:`T_w`: by default that of
       ASAM; ``normalization.identity()`` for sharpness without normalization.
@@ -65,8 +65,8 @@ def worst_case(
     key: A random key for the runs after the first.
     mask: Which leaves are perturbed, as in :func:`optax_asam.asam`.
     perturbed_dtype: The dtype of w and w + eps in ``loss_fn``, or each
-      parameter's own if that is wider. None for each parameter's own: bfloat16
-      loses most of a small perturbation.
+      parameter's own if that is wider. None for each parameter's own, where
+      bfloat16 would lose most of a small perturbation.
     batches: None, or a pytree whose leaves have a leading axis of batches. The
       result is then the mean over the batches, each with its own worst point.
     unroll: As in :func:`jax.lax.scan`, for the loop over the steps; True also

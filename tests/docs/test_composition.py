@@ -448,9 +448,9 @@ def test_scan():
 
 
 LOOKAHEAD = {
-  'lookahead, around a gradient': lambda params, batch: optax_asam.grad(
-    loss_fn
-  )(params.fast, batch),
+  'lookahead, with a gradient': lambda params, batch: optax_asam.grad(loss_fn)(
+    params.fast, batch
+  ),
   'lookahead, inside': jax.grad(
     lambda params, batch: loss_fn(params.fast, batch)
   ),

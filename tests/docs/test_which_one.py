@@ -120,7 +120,10 @@ def test_momentum_or_a_quarter():
   path = pages.ROOT / 'experiments' / 'results' / 'budget' / 'results.json'
   tasks = json.loads(path.read_text())['tasks']
   (line,) = [line for line in PAGE.splitlines() if 'on a quarter of' in line]
-  for task in 'vit-2000', 'cnn-noise-40':
+  for task, ahead, text in (
+    ('vit-2000', 1, '{} points ahead on a transformer'),
+    ('cnn-noise-40', -1, '{} behind on a CNN'),
+  ):
     momentum, quarter = (
       {
         run['seed']: run['test_accuracy']
@@ -128,11 +131,13 @@ def test_momentum_or_a_quarter():
       }
       for name in ('momentum_asam', 'quarter')
     )
-    differences = [100 * (momentum[seed] - quarter[seed]) for seed in momentum]
+    differences = [
+      100 * ahead * (momentum[seed] - quarter[seed]) for seed in momentum
+    ]
     n = len(differences)
     margin = stats.t.ppf(0.975, n - 1) * np.std(differences, ddof=1)
     margin /= math.sqrt(n)
-    assert f'{np.mean(differences):+.2f} ± {margin:.2f}' in line
+    assert text.format(f'{np.mean(differences):.2f} ± {margin:.2f}') in line
 
 
 def test_rows():
