@@ -327,7 +327,6 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument(
     '--torch', help='a Python with torch and pytorch_optimizer for those rows'
   )
-  parser.add_argument('--commit', help='if this is not a clone')
   args = parser.parse_args(argv)
   if args.report:
     from benchmarks import step_time_report
@@ -343,7 +342,7 @@ def main(argv: Sequence[str]) -> None:
   results = {
     'machine': machine(args.device),
     'versions': known['versions'],
-    'commit': args.commit or known['commit'],
+    'commit': known['commit'],
     'rows': [],
   }
   card = re.sub(r'\W+', '_', results['machine'].lower()).strip('_')
@@ -380,8 +379,7 @@ def main(argv: Sequence[str]) -> None:
     for i, name in enumerate(args.models):
       left = end - time.monotonic()
       if left <= 0:
-        print(f'{name}: no time is left for it', file=sys.stderr)
-        continue
+        sys.exit(f'No time is left for {name}.')
       with reporting(name):
         add(
           measure(
@@ -401,7 +399,7 @@ def main(argv: Sequence[str]) -> None:
     if results['rows']:
       print(f'Finished models are in {partial}.', file=sys.stderr)
     raise
-  # Not before: an interrupted run must not replace a finished one.
+  # Not before: a part of a run must not replace a finished one.
   if results['rows']:
     partial.replace(path)
     print(f'Wrote {path}.')

@@ -79,7 +79,9 @@ class Checkpoints:
       saved = self._path(step).read_bytes()
       digest, content = saved[:_DIGEST_SIZE], saved[_DIGEST_SIZE:]
       if digest != hashlib.sha256(content).digest():
-        report(f'Checkpoint {step} is damaged and will not be used.')
+        report(f'Checkpoint {step} is damaged, and is removed.')
+        # Or it would count as newer than those that follow.
+        self._path(step).unlink()
         continue
       read: Any = serialization.msgpack_restore(content)
       progress = json.loads(read['progress'])

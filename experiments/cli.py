@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 import math
@@ -103,19 +104,28 @@ def check_out(parser: Parser, args: Any) -> filelock.AcquireReturnProxy:
   Returns:
     A context manager that releases it.
   """
-  determining = {
-    name: value
-    for name, value in to_json(args).items()
-    if name not in NOT_CONFIG
-  }
   with _out_errors(parser, args.out):
-    return run_folder.claim(args.out, determining, resume=args.resume)
+    return run_folder.claim(args.out, determining(args), resume=args.resume)
 
 
-def lock_out(parser: Parser, out: Path) -> filelock.AcquireReturnProxy:
-  """Locks ``--out`` of a program that always resumes; exits if in use."""
+def determining(args: Any) -> dict[str, Any]:
+  """The options that determine what a run computes, in JSON's types."""
+  options = to_json(args)
+  return {name: options[name] for name in options if name not in NOT_CONFIG}
+
+
+def lock_out(
+  parser: Parser, out: Path, config: Mapping[str, Any]
+) -> filelock.AcquireReturnProxy:
+  """Locks ``--out`` of a program that always resumes; exits if it cannot.
+
+  Args:
+    parser: The parser of the program.
+    out: The folder.
+    config: What the results depend on, in JSON's types.
+  """
   with _out_errors(parser, out):
-    return run_folder.lock(out)
+    return run_folder.lock(out, config)
 
 
 @contextlib.contextmanager
@@ -138,6 +148,10 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     with interruptible():
       main(sys.argv[1:])
   except KeyboardInterrupt:
+    print(
+      'Interrupted. To go on, repeat the command, with --resume if it has it.',
+      file=sys.stderr,
+    )
     sys.exit(130)  # As a shell reports it.
   except OSError as error:  # Such as a full disk.
     sys.exit(f'error: {error}')

@@ -25,17 +25,36 @@ class RefusedError(Exception):
   """The folder cannot be used; the message says why, and what to do."""
 
 
-def lock(out: Path) -> filelock.AcquireReturnProxy:
-  """Locks a folder, which is made if it does not exist.
+def lock(out: Path, config: Mapping[str, Any]) -> filelock.AcquireReturnProxy:
+  """Locks a folder, which is made if it does not exist, for a program.
+
+  What a program finds in its folder, it keeps and goes on with.
+
+  Args:
+    out: The folder.
+    config: What the results depend on, in JSON's types.
 
   Returns:
     The lock: a context manager that releases it. The end of the process
     releases it, too.
 
   Raises:
-    RefusedError: Another process writes there.
+    RefusedError: Another process writes there, or it holds what was made with
+      another ``config``.
     OSError: The folder cannot be written to.
   """
+  locked = _lock(out)
+  results = read(out).get('config', {})
+  if change := find_change({**_started(out), **results}, config):
+    locked.lock.release()
+    raise RefusedError(
+      f"argument --out: '{out}' holds results with {change}. Remove it, or"
+      f' write another --out.'
+    )
+  return locked
+
+
+def _lock(out: Path) -> filelock.AcquireReturnProxy:
   out.mkdir(parents=True, exist_ok=True)
   try:
     return filelock.FileLock(out / LOCK, timeout=0).acquire()
@@ -49,7 +68,7 @@ def lock(out: Path) -> filelock.AcquireReturnProxy:
 def claim(
   out: Path, config: Mapping[str, Any], *, resume: bool
 ) -> filelock.AcquireReturnProxy:
-  """Locks a folder for a run as :func:`lock` does, and prepares it.
+  """Locks a folder for a run that resumes only on request, and prepares it.
 
   Args:
     out: The folder.
@@ -66,7 +85,7 @@ def claim(
       f"argument --resume: there is no interrupted run in '{out}'. Leave it"
       f' out, or write the --out of one.'
     )
-  claimed = lock(out)
+  claimed = _lock(out)
   try:
     if resume:
       _check_resumed(out, config)
@@ -97,8 +116,32 @@ def is_resumable(out: Path) -> bool:
 
 def is_finished(out: Path) -> bool:
   """Whether the folder holds the results of a run that finished."""
-  results = _read(out / RESULTS)
+  results = read(out)
   return bool(results) and results.get('complete', True)
+
+
+def read(out: Path) -> dict[str, Any]:
+  """The results in the folder; empty if there are none."""
+  return _read(out / RESULTS)
+
+
+def find_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+  """The first setting that differs, with both values; empty if none does.
+
+  Settings that only one of the two has are not compared, since programs gain
+  and lose some. But those that have none in common differ.
+  """
+  common = [name for name in now if name in before]
+  if before and now and not common:
+    return f'{", ".join(before)}, but got {", ".join(now)}'
+  for name in common:
+    old, new = before[name], now[name]
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+      if change := find_change(old, new):
+        return f'{name}: {change}'
+    elif old != new:
+      return f'{name} = {json.dumps(old)}, but got {json.dumps(new)}'
+  return ''
 
 
 def _check_fresh(out: Path, config: Mapping[str, Any]) -> None:
@@ -110,8 +153,7 @@ def _check_fresh(out: Path, config: Mapping[str, Any]) -> None:
     )
   if not is_finished(out):
     return
-  change = _find_change(_read(out / RESULTS).get('config', {}), config)
-  if change:
+  if change := find_change(read(out).get('config', {}), config):
     raise RefusedError(
       f"argument --out: '{out}' holds the results of a run with {change}. Write"
       f' another --out; or remove {out / RESULTS}.'
@@ -119,21 +161,17 @@ def _check_fresh(out: Path, config: Mapping[str, Any]) -> None:
 
 
 def _check_resumed(out: Path, config: Mapping[str, Any]) -> None:
-  change = _find_change(records.read_started(out / STARTED_WITH), config)
-  if change:
+  if change := find_change(_started(out), config):
     raise RefusedError(
       f'argument --resume: the run was started with {change}. Write the same'
       f' options again.'
     )
 
 
-def _find_change(before: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-  """The first option that differs, with both values; empty if none does."""
-  for name, value in config.items():
-    if before.get(name) != value:
-      old, new = json.dumps(before.get(name)), json.dumps(value)
-      return f'{name} = {old}, but got {new}'
-  return ''
+def _started(out: Path) -> dict[str, Any]:
+  """What the run in the folder was started with."""
+  started = _read(out / STARTED_WITH)
+  return {x: started[x] for x in started if x not in records.BY_PROCESS}
 
 
 def _process(out: Path) -> str:

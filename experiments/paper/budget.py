@@ -16,7 +16,6 @@ CPU, each runs on its own, with the same results up to rounding.
 
 import argparse
 from collections.abc import Sequence
-import json
 import math
 from pathlib import Path
 import time
@@ -33,8 +32,6 @@ from experiments.paper import budget_report
 from experiments.paper import budget_tasks
 from experiments.paper import budget_training
 from experiments.report import records
-
-CONFIG = 'config.json'
 
 
 def make_program() -> budget_comparison.Program:
@@ -70,7 +67,6 @@ def make_parser(program: budget_comparison.Program) -> cli.Parser:
   add('--out', type=Path, default=Path('out') / prog, help='for results')
   add('--minutes', type=cli.positive(8), help='when to stop (never)')
   add('--lanes', type=cli.count(20), help='runs at once (1 on CPU, else 20)')
-  add('--commit', help='of a copy of the code without its repository')
   return parser
 
 
@@ -105,33 +101,6 @@ def make_config(
   )
 
 
-def read(
-  parser: cli.Parser, out: Path, config: dict[str, Any]
-) -> dict[str, Any]:
-  """The results so far; exits if they are of other settings."""
-  path = out / run_folder.RESULTS
-  if not path.exists():
-    return {'config': config, 'tasks': {}}
-  results = json.loads(path.read_text())
-  if not agree(results['config'], config):
-    parser.error(
-      f"argument --out: '{out}' holds results of other settings than this"
-      f' program has now. Remove it, or write another --out.'
-    )
-  return results
-
-
-def agree(before: Any, now: Any) -> bool:
-  """Whether settings are equal, as far as both have them.
-
-  Without a task that is in both, they are of other programs.
-  """
-  if isinstance(before, dict) and isinstance(now, dict):
-    common = {*before} & {*now}
-    return bool(common) and all(agree(before[key], now[key]) for key in common)
-  return before == now
-
-
 def load(
   parser: cli.Parser,
   args: argparse.Namespace,
@@ -164,21 +133,12 @@ def train(
   argv: Sequence[str],
   args: argparse.Namespace,
   config: dict[str, Any],
-  results: dict[str, Any],
+  before: dict[str, Any],
 ) -> dict[str, Any]:
   """Trains what is missing, and returns the results."""
   deadline = time.monotonic() + 60 * (args.minutes or math.inf)
   datasets, trainers = load(parser, args, program, deadline)
-  started = args.out / CONFIG
-  records.write_started(started, config)
-  provenance = records.provenance(program.name, argv, started)
-  provenance['commit'] = provenance['commit'] or args.commit
-  results = {
-    **provenance,
-    'complete': False,
-    'config': config,
-    'tasks': results['tasks'],
-  }
+  results = begin(program.name, argv, args.out, config, before)
   comparison = budget_comparison.Comparison(
     args.out / run_folder.RESULTS, results, trainers, datasets, program
   )
@@ -194,6 +154,24 @@ def train(
     )
     comparison.write()
   return results
+
+
+def begin(
+  name: str,
+  argv: Sequence[str],
+  out: Path,
+  config: dict[str, Any],
+  before: dict[str, Any],
+) -> dict[str, Any]:
+  """The results of a program that goes on with those ``before``."""
+  started = out / run_folder.STARTED_WITH
+  records.write_started(started, config)
+  return {
+    **records.provenance(name, argv, started),
+    'complete': False,
+    'config': config,
+    'tasks': before.get('tasks', {}),
+  }
 
 
 def main(argv: Sequence[str]) -> None:
@@ -212,8 +190,8 @@ def compare(
   """Trains what is not in ``--out`` yet, and prints the tables."""
   prog = program.name.rsplit('.', 1)[-1]
   config = make_config(program, args)
-  with cli.lock_out(parser, args.out):
-    results = read(parser, args.out, config)
+  with cli.lock_out(parser, args.out, config):
+    results = run_folder.read(args.out) or {'config': config, 'tasks': {}}
     if budget_comparison.missing(program, results, args.tasks, args.methods):
       results = train(program, parser, argv, args, config, results)
     tables = budget_report.tables(results)

@@ -45,7 +45,6 @@ class Inputs(NamedTuple):
     labels: int32 [lanes, n].
     images: Shared by all lanes, [n, h, w, c].
     num_steps: Of the whole run, an int32 scalar.
-    is_augmented: A scalar.
   """
 
   values: Any
@@ -53,11 +52,10 @@ class Inputs(NamedTuple):
   labels: Any
   images: Any
   num_steps: Any
-  is_augmented: Any
 
 
 # What is mapped over lanes.
-LANES = Inputs(0, 0, 0, None, None, None)
+LANES = Inputs(0, 0, 0, None, None)
 
 
 def map_lanes(function: Callable[..., Any], lanes: int, in_axes, out_axes):
@@ -112,7 +110,7 @@ def make_indices(
 
 def make_functions(
   dataset: data.Dataset,
-  recipe: budget_tasks.Recipe,
+  task: budget_tasks.Task,
   method: budget_methods.Method,
   num_lanes: int,
 ) -> tuple[Any, Any]:
@@ -122,7 +120,8 @@ def make_functions(
   ``run(carry, inputs, indices, steps)`` takes steps from parameters and states,
   with the batches ``indices``, [steps, lanes, batch_size].
   """
-  model = recipe.model
+  recipe, model = task.recipe, task.recipe.model
+  augment = dataset.augment if task.augment else None
 
   def make_tx(lane):
     def base_tx(weight_decay=recipe.weight_decay):
@@ -136,9 +135,8 @@ def make_functions(
 
   def step(params, opt_state, lane, indices, i):
     images, labels = lane.images[indices], lane.labels[indices]
-    if dataset.augment is not None:
-      augmented = dataset.augment(jax.random.fold_in(lane.keys, i), images)
-      images = jnp.where(lane.is_augmented, augmented, images)
+    if augment is not None:
+      images = augment(jax.random.fold_in(lane.keys, i), images)
     images = dataset.preprocess(images)
 
     def grad_fn(params, n=recipe.batch_size):

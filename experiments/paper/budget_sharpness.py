@@ -358,23 +358,18 @@ def main(argv: Sequence[str]) -> None:
     '--out', type=Path, default=Path('out/budget_sharpness'), help='for results'
   )
   args = parser.parse_args(argv)
-  with cli.lock_out(parser, args.out):
-    config = make_config()
-    results = budget.read(parser, args.out, config)
+  config = make_config()
+  with cli.lock_out(parser, args.out, config):
     try:
       datasets = {
         name: task.load(args.data_dir) for name, task in TASKS.items()
       }
     except data.DataError as error:
       parser.error(str(error))
-    started = args.out / budget.CONFIG
-    records.write_started(started, config)
-    results = {
-      **records.provenance('experiments.paper.budget_sharpness', argv, started),
-      'complete': False,
-      'config': config,
-      'tasks': results['tasks'],
-    }
+    results = budget.begin(
+      'experiments.paper.budget_sharpness',
+      *(argv, args.out, config, run_folder.read(args.out)),
+    )
     for name, task in TASKS.items():
       networks = results['tasks'].setdefault(
         name, {'title': task.title, 'networks': []}

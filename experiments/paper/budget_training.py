@@ -76,7 +76,6 @@ class Trainer:
       labels=self._labels(task, lanes),
       images=self._images,
       num_steps=jnp.int32(num_steps),
-      is_augmented=jnp.bool(task.augment),
     )
     indices = budget_lanes.make_indices(
       *(seeds, task.epochs * method.epochs, task.train_size),
@@ -125,10 +124,13 @@ class Trainer:
   def _program(self, task, method, num_lanes):
     """The jitted functions ``init`` and ``run``."""
     # By what is traced: twice the epochs need no program of their own.
-    key = task.recipe, method.make_tx, method.ascent_part, num_lanes
+    key = (
+      *(task.recipe, task.augment),
+      *(method.make_tx, method.ascent_part, num_lanes),
+    )
     if key not in self._programs:
       self._programs[key] = budget_lanes.make_functions(
-        self._dataset, task.recipe, method, num_lanes
+        self._dataset, task, method, num_lanes
       )
     return self._programs[key]
 

@@ -7,21 +7,20 @@
 Each run chooses rho among six values, on held-out data with one seed, and then
 trains with it: the MLP on 60,000 images of Fashion-MNIST with five seeds, the
 CNN on 10,000 with three. Each has a folder in ``--out``. Finished runs are
-skipped and interrupted ones resumed. ``experiments.paper.tables`` makes the
+skipped and interrupted ones resumed. ``experiments.paper.pages`` makes the
 tables.
 """
 
 from collections.abc import Sequence
 import concurrent.futures
-import json
 import os
 from pathlib import Path
-import shlex
 import subprocess
 import sys
 import time
 
 from experiments import cli
+from experiments import config
 from experiments import run_folder
 
 ROOT = Path(__file__).parents[2]
@@ -92,11 +91,12 @@ def is_finished(name: str, out: Path) -> bool:
   """Whether a run has finished; a ValueError if it had other options."""
   if not run_folder.is_finished(out / name):
     return False
-  results = json.loads((out / name / run_folder.RESULTS).read_text())
-  if f' {shlex.join(RUNS[name])} ' not in f'{results["command"]} ':
+  before = run_folder.read(out / name)['config']
+  now = cli.determining(config.parse(RUNS[name]))
+  if change := run_folder.find_change(before, now):
     raise ValueError(
-      f"argument --out: '{out / name}' holds a run with other options than"
-      f' {name} has now. Remove it, or write another --out.'
+      f"argument --out: '{out / name}' holds a run with {change}. Remove it, or"
+      f' write another --out.'
     )
   return True
 

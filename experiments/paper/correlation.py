@@ -33,6 +33,7 @@ import optax
 
 from experiments import cli
 from experiments import data
+from experiments import run_folder
 from experiments.paper import equal_loss
 from experiments.paper import rank_correlation
 from experiments.paper import sharpness_measures as measures
@@ -54,8 +55,7 @@ MAX_EPOCHS = 300
 # Sharpness is measured on POINTS training examples; each batch of them has its
 # own perturbation.
 POINTS, BATCH = 1024, 128
-# The settings of a run that is not finished, in --out.
-CONFIG = 'config.json'
+
 # One for each dropout rate (Okabe and Ito).
 COLORS = ('#0072b2', '#e69f00', '#d55e00')
 
@@ -377,15 +377,11 @@ def main(argv: Sequence[str]) -> None:
   add('--data-dir', type=Path, help='folder with the files of Fashion-MNIST')
   add('--out', type=Path, default=Path('out/correlation'), help='for results')
   args = parser.parse_args(argv)
-  with cli.lock_out(parser, args.out):
-    started = args.out / CONFIG
-    if started.exists() and records.read_started(started) != make_config():
-      parser.error(
-        f"argument --out: '{args.out}' holds results of other settings than"
-        f' this program has now. Remove it, or write another --out.'
-      )
+  config = make_config()
+  with cli.lock_out(parser, args.out, config):
     dataset = load_dataset(parser, args.data_dir)
-    records.write_started(started, make_config())
+    started = args.out / run_folder.STARTED_WITH
+    records.write_started(started, config)
     provenance = records.provenance(
       'experiments.paper.correlation', argv, started
     )
@@ -402,7 +398,7 @@ def main(argv: Sequence[str]) -> None:
       )
       parts.append((settings, trained, measured))
     results = {**provenance, **describe(parts)}
-    records.write_json(args.out / 'results.json', results)
+    records.write_json(args.out / run_folder.RESULTS, results)
     records.write_figure(args.out / 'correlation.png', draw(results))
   print('\n\n'.join(tables(results).values()))
 

@@ -1,24 +1,17 @@
 """Where SAM and ASAM help: their gains over the base in all recorded settings.
 
-::
-
-    python -m experiments.paper.gains
-
-Reads the recorded comparisons, the study of label noise, and the results of
-``experiments.paper.budget`` and ``fine_tuning``; trains nothing.
+Those of the comparisons, of the study of label noise, and of
+``experiments.paper.budget`` and ``fine_tuning``.
 """
 
 from collections.abc import Iterator
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
 import numpy as np
 
-from experiments import cli
 from experiments.paper import tables
-from experiments.report import records
 from experiments.report import reporting
 from optax_asam import plotting
 
@@ -114,28 +107,6 @@ def _titled(title: str, noise: float) -> str:
   return f'{title}, {100 * noise:g}% label noise' if noise else title
 
 
-def table(found: Sequence[Setting]) -> str:
-  """The gains in Markdown."""
-
-  def cell(setting, method):
-    if method not in setting.per_seed:
-      return ''
-    mean, half_width = setting.gain(method)
-    return f'{mean:+.2f} ± {half_width:.2f}'
-
-  return reporting.markdown(
-    ['', 'base, %', *(title for title, *_ in METHODS.values())],
-    [
-      [
-        setting.title,
-        f'{setting.per_seed["base"].mean():.2f}',
-        *(cell(setting, method) for method in METHODS),
-      ]
-      for setting in found
-    ],
-  )
-
-
 def draw(found: Sequence[Setting]) -> Figure:
   """Gains by setting: clean labels above, label noise below."""
   groups = [
@@ -179,22 +150,3 @@ def draw(found: Sequence[Setting]) -> Figure:
   all_axes[0].legend(loc='lower left', fontsize=8, frameon=False)
   all_axes[1].set_xlabel('Test accuracy minus that of the base (points)')
   return figure
-
-
-def main(argv: Sequence[str]) -> None:
-  """Prints the table and draws the figure."""
-  parser = cli.Parser(
-    prog='gains', description='Gains over the base in all recorded settings.'
-  )
-  parser.add_argument(
-    '--out', type=Path, default=Path('out/gains'), help='for the figure'
-  )
-  args = parser.parse_args(argv)
-  found = settings()
-  print(table(found))
-  args.out.mkdir(parents=True, exist_ok=True)
-  records.write_figure(args.out / 'gains.png', draw(found))
-
-
-if __name__ == '__main__':
-  cli.run(main)

@@ -4,7 +4,9 @@
 
     python -m experiments.paper.pages
 
-Trains nothing. A table of a page is what follows ``<!-- table: NAME -->``.
+Trains nothing. A table of a page is what follows ``<!-- table: NAME -->``. With
+a folder, such as ``out``, prints the tables of what the programs have written
+there, and draws its figures.
 """
 
 from collections.abc import Callable
@@ -14,7 +16,10 @@ from pathlib import Path
 import re
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from experiments import cli
+from experiments import run_folder
 from experiments.paper import budget_report
 from experiments.paper import budget_sharpness
 from experiments.paper import correlation
@@ -28,56 +33,66 @@ RESULTS = tables.RESULTS
 PAGES = sorted(RESULTS.parent.glob('*.md'))
 TABLE = re.compile(r'^<!-- table: (.*) -->\n((?:\|.*\n)+)', re.MULTILINE)
 
+# What makes tables of the results of a program, by their names.
+TABLES: dict[str, Callable[[Any], dict[str, str]]] = {
+  'trajectories': lambda results: {
+    'trajectories': trajectories.table(results['trajectories'])
+  },
+  'translation': translation_tables.make,
+  'correlation': correlation.tables,
+  **{
+    name: lambda results, name=name, make=make: {
+      f'{name}, {part}': table for part, table in make(results).items()
+    }
+    for name, make in {
+      'budget_sharpness': budget_sharpness.tables,
+      **dict.fromkeys(tables.RACES, budget_report.tables),
+    }.items()
+  },
+}
+# What draws them, by the names of their files.
+FIGURES: dict[str, dict[str, Callable[[Any], Figure]]] = {
+  'trajectories': {
+    'trajectories': trajectories.draw_trajectories,
+    'balls': trajectories.draw_balls,
+  },
+  'correlation': {'correlation': correlation.draw},
+  'budget_sharpness': {'budget_sharpness': budget_sharpness.draw},
+  **{name: {name: budget_report.draw} for name in tables.RACES},
+}
 
-def make_tables() -> dict[str, str]:
+
+def make_tables(folder: Path = RESULTS) -> dict[str, str]:
   """All tables in Markdown, by name."""
-  made = {
-    'trajectories': trajectories.table(
-      tables.read('trajectories')['trajectories']
-    ),
-    **translation_tables.make(tables.read('translation')),
-    **correlation.tables(tables.read('correlation')),
-    **tables.tables(tables.load(RESULTS / 'comparisons')),
-  }
-  for name in tables.RACES:
-    for task, table in budget_report.tables(tables.read(name)).items():
-      made[f'{name}, {task}'] = table
-  networks = tables.read('budget_sharpness')
-  for name, table in budget_sharpness.tables(networks).items():
-    made[f'budget_sharpness, {name}'] = table
+  made = {}
+  for name, make in TABLES.items():
+    if results := run_folder.read(folder / name):
+      made |= make(results)
+  if compared := tables.load(folder / 'comparisons'):
+    made |= tables.tables(compared)
+  if folder == RESULTS:
+    made |= tables.study(tables.load_study())
   return made
 
 
-def make_figures() -> dict[str, Callable[[Path], Any]]:
-  """What writes each figure to a file, by its path in the results."""
-
-  def write(draw, *args):
-    return lambda path: draw(*args).savefig(path, format='png')
-
-  recorded = tables.read('trajectories')
-  compared = tables.load(RESULTS / 'comparisons')
-  return {
-    'trajectories/trajectories.png': functools.partial(
-      trajectories.write_trajectories, results=recorded['trajectories']
-    ),
-    'trajectories/balls.png': functools.partial(
-      trajectories.write_balls, results=recorded['balls']
-    ),
-    'correlation/correlation.png': write(
-      correlation.draw, tables.read('correlation')
-    ),
-    'budget_sharpness/budget_sharpness.png': write(
-      budget_sharpness.draw, tables.read('budget_sharpness')
-    ),
-    'comparisons/clean.png': write(tables.draw_clean, compared),
-    'comparisons/noise.png': write(tables.draw_noise, compared),
-    'study/study.png': write(tables.draw_study, tables.load_study()),
-    **{
-      f'{name}/{name}.png': write(budget_report.draw, tables.read(name))
-      for name in tables.RACES
-    },
-    'gains.png': write(gains.draw, gains.settings()),
-  }
+def make_figures(folder: Path = RESULTS) -> dict[str, Callable[[], Figure]]:
+  """What draws each figure, by its path in the folder."""
+  made = {}
+  for name, figures in FIGURES.items():
+    if results := run_folder.read(folder / name):
+      for figure, draw in figures.items():
+        made[f'{name}/{figure}.png'] = functools.partial(draw, results)
+  if compared := tables.load(folder / 'comparisons'):
+    made |= {
+      'comparisons/clean.png': lambda: tables.draw_clean(compared),
+      'comparisons/noise.png': lambda: tables.draw_noise(compared),
+    }
+  if folder == RESULTS:
+    made |= {
+      'study/study.png': lambda: tables.draw_study(tables.load_study()),
+      'gains.png': lambda: gains.draw(gains.settings()),
+    }
+  return made
 
 
 def remake(page: str, made: dict[str, str]) -> str:
@@ -88,16 +103,31 @@ def remake(page: str, made: dict[str, str]) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-  """Writes the pages and the figures."""
-  cli.Parser(
-    prog='pages', description='Makes the tables and figures of the pages again.'
-  ).parse_args(argv)
-  made = make_tables()
-  for path in PAGES:
-    path.write_text(remake(path.read_text(), made))
-  for name, write in make_figures().items():
-    with records.replacing(RESULTS / name) as partial:
-      write(partial)
+  """Writes the pages, or prints the tables, and draws the figures."""
+  parser = cli.Parser(
+    prog='pages', description='Makes tables and figures from results.'
+  )
+  parser.add_argument(
+    'folder',
+    type=Path,
+    nargs='?',
+    default=RESULTS,
+    help='with the --out of each program (the recorded ones)',
+  )
+  folder = parser.parse_args(argv).folder
+  made = make_tables(folder)
+  if not made:
+    parser.error(
+      f"argument folder: there are no results in '{folder}'. Write the parent"
+      f' of the --out of programs, such as out.'
+    )
+  if folder == RESULTS:
+    for path in PAGES:
+      path.write_text(remake(path.read_text(), made))
+  else:
+    print('\n\n'.join(made.values()))
+  for name, draw in make_figures(folder).items():
+    records.write_figure(folder / name, draw())
 
 
 if __name__ == '__main__':

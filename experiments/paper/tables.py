@@ -1,11 +1,7 @@
 """The tables and figures of the comparisons and of the study of label noise.
 
-::
-
-    python -m experiments.paper.tables out/comparisons
-
-Reads what ``experiments.paper.comparisons`` has written, or without an argument
-the recorded results; the study is always the recorded one.
+They are made of what ``experiments.paper.comparisons`` has written, and of the
+recorded study.
 """
 
 from collections.abc import Mapping
@@ -18,8 +14,6 @@ from matplotlib import ticker
 from matplotlib.figure import Figure
 import numpy as np
 
-from experiments import cli
-from experiments.report import records
 from experiments.report import reporting
 from optax_asam import plotting
 
@@ -191,7 +185,6 @@ def tables(results: Results) -> dict[str, str]:
         for percent, accuracies in PUBLISHED_NOISE.items()
       ],
     ),
-    **study(load_study()),
     'm-sharpness': comparison(
       results, 'MLP, examples per perturbation', 'mlp', M_SHARPNESS
     ),
@@ -309,39 +302,3 @@ def draw_study(results: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_xlabel('Epoch')
   figure.supylabel('Held-out accuracy (%, noisy labels)')
   return figure
-
-
-def main(argv: Sequence[str]) -> None:
-  """Prints the tables and draws the figures."""
-  parser = cli.Parser(
-    prog='tables',
-    description='Makes the tables and figures of the comparisons.',
-  )
-  add = parser.add_argument
-  add(
-    'folder',
-    type=Path,
-    nargs='?',
-    default=RESULTS / 'comparisons',
-    help='the --out of the comparisons (the recorded ones)',
-  )
-  add('--out', type=Path, default=Path('out/tables'), help='for the figures')
-  args = parser.parse_args(argv)
-  results = load(args.folder)
-  if not results:
-    parser.error(
-      f"argument folder: there is no finished run in '{args.folder}'. Write the"
-      f' --out of experiments.paper.comparisons.'
-    )
-  print('\n\n'.join(tables(results).values()))
-  args.out.mkdir(parents=True, exist_ok=True)
-  for name, figure in (
-    ('clean', draw_clean(results)),
-    ('noise', draw_noise(results)),
-    ('study', draw_study(load_study())),
-  ):
-    records.write_figure(args.out / f'{name}.png', figure)
-
-
-if __name__ == '__main__':
-  cli.run(main)

@@ -211,8 +211,9 @@ def to_list(x: Any) -> Any:
   return np.round(np.asarray(x, np.float64), 6).tolist()
 
 
-def write_trajectories(path: Path, results: Mapping[str, Any]) -> None:
+def draw_trajectories(results: Mapping[str, Any]) -> Figure:
   """Draws the paper's figure."""
+  results = results['trajectories']
   settings = results['settings']
   figure = Figure(figsize=(6.4, 7), dpi=150, layout='constrained')
   axes = figure.subplots()
@@ -243,7 +244,8 @@ def write_trajectories(path: Path, results: Mapping[str, Any]) -> None:
     rf' $\rho$ = {settings["rho"]:g}, $\eta$ = {settings["eta"]:g}'
   )
   axes.legend(framealpha=1, loc='upper right')
-  finish(figure, axes, path)
+  finish(axes)
+  return figure
 
 
 def draw_loss(axes: Axes, rho: float) -> None:
@@ -281,8 +283,9 @@ def draw_loss(axes: Axes, rho: float) -> None:
   axes.set(xlim=w1[[0, -1]], ylim=w2[[0, -1]])
 
 
-def write_balls(path: Path, results: Mapping[str, Any]) -> None:
+def draw_balls(results: Mapping[str, Any]) -> Figure:
   """Draws the balls around w and A w, and the contours they reach."""
+  results = results['balls']
   points, value = np.array(results['points']), results['losses'][0]
   rho, sharpnesses = results['settings']['rho'], results['sharpness']
   figure = Figure(figsize=(8, 4.3), dpi=150, layout='constrained')
@@ -327,14 +330,14 @@ def write_balls(path: Path, results: Mapping[str, Any]) -> None:
   axes.text(1, 0.6, 'w = (1, 1)', ha='center')
   axes.text(3.3, 0.1, 'A w = (3, 1/3)')
   figure.legend(frameon=False, loc='outside lower center')
-  finish(figure, axes, path)
+  finish(axes)
+  return figure
 
 
-def finish(figure: Figure, axes: Axes, path: Path) -> None:
-  """Labels the axes, gives them one scale, and writes the figure."""
+def finish(axes: Axes) -> None:
+  """Labels the axes, and gives them one scale."""
   axes.set(xlabel='$w_1$', ylabel='$w_2$', aspect='equal')
   axes.spines[['top', 'right']].set_visible(False)
-  figure.savefig(path, format='png')
 
 
 def main(argv: Sequence[str]) -> None:
@@ -353,8 +356,11 @@ def main(argv: Sequence[str]) -> None:
   }
   args.out.mkdir(parents=True, exist_ok=True)
   records.write_json(args.out / 'results.json', results)
-  write_trajectories(args.out / 'trajectories.png', results['trajectories'])
-  write_balls(args.out / 'balls.png', results['balls'])
+  for name, draw in (
+    ('trajectories', draw_trajectories),
+    ('balls', draw_balls),
+  ):
+    records.write_figure(args.out / f'{name}.png', draw(results))
 
 
 if __name__ == '__main__':

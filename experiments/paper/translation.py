@@ -28,6 +28,7 @@ of ``--minutes``.
 import argparse
 from collections.abc import Sequence
 import functools
+import hashlib
 import math
 from pathlib import Path
 import time
@@ -199,6 +200,8 @@ def main(argv: Sequence[str]) -> None:
   start = time.monotonic()
   parser, args = parse(argv)
   data = load(parser, args)
+  # With other data, a run must not be resumed.
+  args.vocabulary = hashlib.sha256(data.vocabulary).hexdigest()
   deadline = start + 60 * (args.minutes or math.inf)
   trained = training.Training(
     args, *data, is_late=lambda: time.monotonic() > deadline

@@ -1,25 +1,12 @@
-"""The tables of ``experiments.paper.translation``.
-
-::
-
-    python -m experiments.paper.translation_tables
-
-Prints those of the recorded results, or of the results in a folder.
-"""
+"""The tables of ``experiments.paper.translation``."""
 
 from collections.abc import Mapping
-from collections.abc import Sequence
-import json
-from pathlib import Path
 from typing import Any
 
-from experiments import cli
-from experiments import run_folder
 from experiments.paper import translation_plan as plan
 from experiments.paper import translation_report
 from experiments.report import reporting
 
-RECORDED = Path(__file__).parents[1] / 'results' / 'translation'
 # Kwon et al., 2021: BLEU on the validation and on the test set.
 PUBLISHED = {
   'adam': (35.34, 34.86),
@@ -105,34 +92,3 @@ def make(results: Mapping[str, Any]) -> dict[str, str]:
       else {}
     ),
   }
-
-
-def make_parser() -> cli.Parser:
-  """The option."""
-  parser = cli.Parser(
-    prog='translation_tables', description='Prints the tables of translation.'
-  )
-  parser.add_argument(
-    'folder',
-    type=Path,
-    nargs='?',
-    default=RECORDED,
-    help='the --out of experiments.paper.translation (the recorded one)',
-  )
-  return parser
-
-
-def main(argv: Sequence[str]) -> None:
-  """Prints the tables."""
-  parser = make_parser()
-  path = parser.parse_args(argv).folder / run_folder.RESULTS
-  if not path.exists():
-    parser.error(
-      f"argument folder: there are no results in '{path.parent}'. Write the"
-      f' --out of experiments.paper.translation.'
-    )
-  print('\n\n'.join(make(json.loads(path.read_text())).values()))
-
-
-if __name__ == '__main__':
-  cli.run(main)

@@ -25,6 +25,9 @@ import optax_asam
 # How the names of files begin that are not yet complete.
 PARTIAL = '.partial-'
 
+# What a file of `write_started` has besides what must not change.
+BY_PROCESS = ('commits', 'pid')
+
 
 def provenance(
   program: str, argv: Sequence[str], started: Path | None = None
@@ -56,7 +59,10 @@ def provenance(
 
 
 def git_commit() -> str | None:
-  """The commit, ``-dirty`` if there are changes since; None without git."""
+  """The commit, ``-dirty`` if there are changes since.
+
+  Without git, what the environment variable COMMIT says, or None.
+  """
   command = ['git', 'describe', '--always', '--dirty', '--exclude=*']
   try:
     return subprocess.run(
@@ -67,7 +73,7 @@ def git_commit() -> str | None:
       text=True,
     ).stdout.strip()
   except (OSError, subprocess.CalledProcessError):
-    return None
+    return os.environ.get('COMMIT')
 
 
 @contextlib.contextmanager
@@ -121,16 +127,6 @@ def write_started(file: Path, config: Mapping[str, Any]) -> None:
   """
   commits = [*_commits(file), git_commit()]
   write_json(file, {**config, 'commits': commits, 'pid': os.getpid()})
-
-
-def read_started(file: Path) -> dict[str, Any]:
-  """What must not change when a run is resumed."""
-  started = json.loads(file.read_text())
-  return {
-    name: value
-    for name, value in started.items()
-    if name not in ('commits', 'pid')
-  }
 
 
 def _commits(file: Path) -> list[str | None]:

@@ -313,7 +313,7 @@ def test_program(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(budget_training.Trainer, 'train', stopping)
   argv = [
     *(f'--out={tmp_path}', '--seeds=2', '--search-seeds=1', '--lanes=2'),
-    *('--commit=abc', '--minutes=60'),
+    '--minutes=60',
   ]
   read = lambda: json.loads((tmp_path / 'results.json').read_text())
   budget.main(argv)
@@ -346,7 +346,7 @@ def test_program(tmp_path, monkeypatch, capsys):
   assert len(trained) == 8
   with pytest.raises(SystemExit):
     budget.main([*argv, '--seeds=3'])
-  assert 'holds results of other settings' in capsys.readouterr().err
+  assert 'seeds = [0, 1], but got [0, 1, 2]' in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -435,7 +435,7 @@ def test_sharpness(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(measures, 'STEPS', 3)
   with pytest.raises(SystemExit):
     budget_sharpness.main(argv)
-  assert 'holds results of other settings' in capsys.readouterr().err
+  assert 'steps = 2, but got 3' in capsys.readouterr().err
 
 
 def test_sharpness_recorded():

@@ -213,7 +213,7 @@ def test_program(small, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(measures, 'STEPS', 3)
   with pytest.raises(SystemExit):
     correlation.main(argv)
-  assert 'holds results of other settings' in capsys.readouterr().err
+  assert 'steps = 2, but got 3' in capsys.readouterr().err
 
 
 def test_recorded(monkeypatch):

@@ -298,5 +298,5 @@ def test_program(installed, tmp_path, monkeypatch, capsys, method):
   monkeypatch.setattr(fine_tuning_texts, 'versions', lambda model_dir: {})
   with pytest.raises(SystemExit):
     fine_tuning.main([*same, '--task=spam'])
-  assert 'holds results of other settings' in capsys.readouterr().err
+  assert re.search('tasks: cells-.*, but got spam-', capsys.readouterr().err)
   assert (out / 'results.json').read_bytes() == before

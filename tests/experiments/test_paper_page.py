@@ -1,6 +1,7 @@
 """Promise: the numbers on the pages of experiments are the recorded ones."""
 
 import re
+import shutil
 import subprocess
 
 import numpy as np
@@ -16,7 +17,7 @@ from experiments.paper import pages
 from experiments.paper import tables
 from experiments.paper import translation
 from experiments.paper import translation_floors
-from experiments.paper import translation_tables
+from experiments.report import records
 from experiments.report import reporting
 from tests.helpers import pages as documents
 
@@ -49,29 +50,38 @@ def test_tables():
 @pytest.mark.slow
 def test_figures(tmp_path):
   """All of them are drawn."""
-  path = tmp_path / 'figure.png'
-  for write in pages.make_figures().values():
-    write(path)
-    assert path.read_bytes().startswith(b'\x89PNG')
-    path.unlink()
+  for draw in pages.make_figures().values():
+    records.write_figure(tmp_path / 'figure.png', draw())
 
 
-def test_gains(tmp_path, capsys):
+def test_other_results(tmp_path, capsys):
+  """Of a folder, tables are printed, and figures are drawn there."""
+  with pytest.raises(SystemExit):
+    pages.main([str(tmp_path)])
+  assert f"there are no results in '{tmp_path}'" in capsys.readouterr().err
+  (tmp_path / 'comparisons').mkdir()
+  for run in 'cnn-all', 'cnn-noise-80':
+    shutil.copytree(
+      tables.RESULTS / 'comparisons' / run, tmp_path / 'comparisons' / run
+    )
+  pages.main([str(tmp_path)])
+  assert SHOWN['noise, CNN'].splitlines()[-1] in capsys.readouterr().out
+  assert (tmp_path / 'comparisons' / 'noise.png').exists()
+
+
+def test_gains():
   """Gains are differences of the accuracies in the other tables."""
-  gains.main(['--out', str(tmp_path)])
-  printed = {
-    row[0]: row[1:] for row in documents.read_rows(capsys.readouterr().out)
-  }
   accuracies = {
     row[0]: row[1:] for row in documents.read_rows(SHOWN['noise, CNN'])
   }
   sgd, sam, asam = (float(cell.split(' ')[0]) for cell in accuracies['40%'])
-  base, *cells, momentum = printed['CNN, 10,000 images, 40% label noise']
-  assert float(base) == sgd
-  found = [float(cell.split(' ')[0]) for cell in cells]
+  (setting,) = (
+    each
+    for each in gains.settings()
+    if each.title == 'CNN, 10,000 images, 40% label noise'
+  )
+  found = [setting.gain(method)[0] for method in ('sam', 'asam')]
   np.testing.assert_allclose(found, [sam - sgd, asam - sgd], atol=0.011)
-  assert not momentum
-  assert (tmp_path / 'gains.png').read_bytes().startswith(b'\x89PNG')
 
 
 def facts():
@@ -156,7 +166,6 @@ def test_commands():
     'experiments.paper.fine_tuning': fine_tuning.make_parser(),
     'experiments.paper.imagenet': imagenet.make_parser(),
     'experiments.paper.translation': translation.make_parser(),
-    'experiments.paper.translation_tables': translation_tables.make_parser(),
   }
   programs = set()
   for line in lines:
@@ -172,8 +181,8 @@ def test_commands():
     *(
       f'experiments.paper.{name}'
       for name in (
-        *('budget_sharpness', 'comparisons', 'correlation', 'gains'),
-        *('pages', 'tables', 'trajectories'),
+        *('budget_sharpness', 'comparisons', 'correlation'),
+        *('pages', 'trajectories'),
       )
     ),
   }

@@ -24,6 +24,7 @@ from experiments.paper import corpus_iwslt
 from experiments.paper import corpus_libreoffice
 from experiments.paper import corpus_packages
 from experiments.paper import seq2seq
+from experiments.paper import tables
 from experiments.paper import translation
 from experiments.paper import translation_floors
 from experiments.paper import translation_plan
@@ -621,9 +622,7 @@ def test_floors_stop_it():
 
 def test_recorded():
   """The page says that nothing overfits, and that a smaller rho is better."""
-  recorded = json.loads(
-    (translation_tables.RECORDED / 'results.json').read_text()
-  )
+  recorded = tables.read('translation')
   assert not recorded['commit'].endswith('-dirty')
   optimizers = recorded['optimizers']
   last = {}
