@@ -94,6 +94,25 @@ def test_results(results):
   assert rows['late_20']['bytes_accessed'] == rows['every_5']['bytes_accessed']
 
 
+def test_out_of_time(tmp_path, monkeypatch, capsys):
+  """What is finished until then does not replace a file with all models."""
+
+  def measure(name, *args, **options):
+    del args, options
+    time.sleep(0.2)
+    row = dict.fromkeys(timing.KEYS, 1.0)
+    return [row | {'model': name, 'method': 'base'}]
+
+  monkeypatch.setattr(step_time, 'measure', measure)
+  file = tmp_path / 'step_time.json'
+  file.write_text('{}')
+  argv = ['--models', 'tiny', 'MLP', '--minutes=0.003', f'--out={tmp_path}']
+  with pytest.raises(SystemExit, match='No time is left for MLP'):
+    step_time.main(argv)
+  assert 'Finished models are in' in capsys.readouterr().err
+  assert file.read_text() == '{}'
+
+
 def test_report(results):
   """The page gets a table of each file, and the chart a panel of each model."""
   text = 'a\n\n<!-- step_time -->\n\nold\n\n<!-- end -->\n\nb <!-- end -->'
