@@ -4,6 +4,7 @@ A message names the argument, says what is needed and what was given, and ends
 with what to write instead.
 """
 
+import collections
 from collections.abc import Callable
 import functools
 import math
@@ -190,8 +191,10 @@ def check_count(name: str, value: Any) -> None:
   write = f'For example: {name}=1.'
   if isinstance(value, bool) or not isinstance(value, Integer):
     raise TypeError(f'{name} must be an int >= 1, but got {value!r}. {write}')
-  if value < 1:
-    raise ValueError(f'{name} must be >= 1, but got {value!r}. {write}')
+  if not 1 <= value < 2**31:
+    raise ValueError(
+      f'{name} must be >= 1 and fit in an int32, but got {value!r}. {write}'
+    )
 
 
 def check_transformation(name: str, value: Any, write: str) -> None:
@@ -234,10 +237,10 @@ def checks_base_tx(factory: Callable[P, R]) -> Callable[P, R]:
 
 def check_function(name: str, value: Any, write: str) -> None:
   """Raises unless ``value`` is callable."""
-  check_static(name, value)
   if not callable(value):
+    got = describe(value) if is_array(value) else repr(value)
     raise TypeError(
-      f'{name} must be a function, but got {value!r}. For example: {write}.'
+      f'{name} must be a function, but got {got}. For example: {write}.'
     )
 
 
@@ -257,7 +260,6 @@ def checked_ascent_fun(
 
   needed = 'a pair of a scalar and auxiliary data' if has_aux else 'a scalar'
 
-  @functools.wraps(ascent_fun)
   def checked(*args, **kwargs):
     out = ascent_fun(*args, **kwargs)
     if has_aux:
@@ -343,6 +345,7 @@ def check_second_gradient(
 ) -> None:
   """Raises unless these arguments, which say how it is taken, are valid."""
   if descent is not None:
+    check_static('descent', descent)
     check_function(
       'descent', descent, 'descent=lambda grads, perturbed_grads: ...'
     )
@@ -639,6 +642,17 @@ def no_momentum(reason: str) -> ValueError:
   )
 
 
+def check_distinct(paths: list[tuple[str, ...]]) -> None:
+  """Raises if two leaves of params have the same :func:`names`."""
+  ((path, count),) = collections.Counter(paths).most_common(1)
+  if count > 1:
+    raise ValueError(
+      f'params must not have two leaves of one name, but has {count} named'
+      f" {'/'.join(path)}: 'value' and 'raw_value' at the end do not count."
+      f' Rename one of them.'
+    )
+
+
 def check_one_perturbation(count: int) -> None:
   """Raises unless ``count`` perturbations were found in a state."""
   if count != 1:
@@ -724,7 +738,7 @@ def check_varies(
   axes = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
   # Empty with check_vma=False and under pmap and vmap.
   varying = frozenset().union(
-    *(_varying_axes(jax.lax.axis_index(axis)) for axis in axes)
+    *(varying_axes(jax.lax.axis_index(axis)) for axis in axes)
   )
   if not varying:
     return
@@ -732,7 +746,7 @@ def check_varies(
     jax.tree.leaves_with_path(params), jax.tree.leaves(grads), strict=True
   )
   for (path, w), g in leaves:
-    if fixed := varying - _varying_axes(w) - _varying_axes(g):
+    if fixed := varying - varying_axes(w) - varying_axes(g):
       raise ValueError(
         f'axis_name={axis_name!r} must name axes over which gradients vary, but'
         f' that of {path_name(path)} does not over {sorted(fixed)}:'
@@ -744,7 +758,7 @@ def check_varies(
       )
 
 
-def _varying_axes(x: Any) -> frozenset[Any]:
+def varying_axes(x: Any) -> frozenset[Any]:
   """The mesh axes over which ``x`` varies, by its type."""
   aval = jax.typeof(x)
   if hasattr(aval, 'manual_axis_type'):  # JAX 0.10; `vma` before.
@@ -755,7 +769,7 @@ def _varying_axes(x: Any) -> frozenset[Any]:
 # Modules of Flax NNX and Equinox, recognized without importing either library.
 
 
-def check_not_module(params: Any) -> None:
+def check_not_module(params: Any, *, measured: bool = False) -> None:
   """Raises if ``params`` contains a module that holds more than parameters.
 
   An NNX module also holds batch statistics and random keys, and an Equinox
@@ -767,6 +781,7 @@ def check_not_module(params: Any) -> None:
 
   Args:
     params: The arguments that are differentiated.
+    measured: Whether the sharpness at ``params`` is measured.
 
   Raises:
     TypeError: There is such a module.
@@ -780,9 +795,9 @@ def check_not_module(params: Any) -> None:
   for path, node in jax.tree.leaves_with_path(params, is_leaf=is_module):
     name = path_name(path)
     if isinstance(node, nnx_module):
-      _check_nnx(name, node)
+      _check_nnx(name, node, measured)
     elif isinstance(node, equinox_module):
-      _check_equinox(name, node)
+      _check_equinox(name, node, measured)
 
 
 def _class(module: str, name: str) -> Any:
@@ -790,10 +805,18 @@ def _class(module: str, name: str) -> Any:
   return getattr(sys.modules.get(module), name, ())
 
 
-def _check_nnx(name: str, module: Any) -> None:
+def _check_nnx(name: str, module: Any, measured: bool) -> None:
   """Raises unless every leaf of ``module`` is an ``nnx.Param``."""
   param = _class('flax.nnx', 'Param')
   variable = _class('flax.nnx', 'Variable')
+
+  write = (
+    'Pass its parameters: graphdef, params, rest = nnx.split(model, nnx.Param,'
+    ' ...), and in the loss nnx.merge(graphdef, params, rest).'
+    if measured
+    else 'Use optax_asam.nnx.value_and_grad or optax_asam.nnx.grad: they'
+    ' perturb only nnx.Param, and update the module as nnx.value_and_grad does.'
+  )
 
   def is_variable(node):
     return isinstance(node, variable)
@@ -803,14 +826,23 @@ def _check_nnx(name: str, module: Any) -> None:
       raise TypeError(
         f'{name} is the Flax NNX module {type(module).__name__}, which must'
         f' hold only nnx.Param here, but {name}{jax.tree_util.keystr(path)} is'
-        f' of type {type(leaf).__name__}. Use optax_asam.nnx.value_and_grad or'
-        f' optax_asam.nnx.grad: they perturb only nnx.Param, and update'
-        f' the module as nnx.value_and_grad does.'
+        f' of type {type(leaf).__name__}. {write}'
       )
 
 
-def _check_equinox(name: str, module: Any) -> None:
+def _check_equinox(name: str, module: Any, measured: bool) -> None:
   """Raises unless every leaf of ``module`` is a floating-point array."""
+  write = (
+    'what eqx.partition(model, eqx.is_inexact_array) gives, and eqx.combine it'
+    ' in the loss function.'
+  )
+  if measured:
+    write = f'Pass {write}'
+  else:
+    write = (
+      f'Use optax_asam.equinox.filter_value_and_grad or'
+      f' optax_asam.equinox.filter_grad, or pass {write}'
+    )
   for path, leaf in jax.tree.leaves_with_path(module):
     dtype = getattr(leaf, 'dtype', None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
@@ -818,8 +850,5 @@ def _check_equinox(name: str, module: Any) -> None:
         f'{name} is the Equinox module {type(module).__name__}, which must hold'
         f' only floating-point arrays here, but'
         f' {name}{jax.tree_util.keystr(path)} is'
-        f' {leaf if dtype is None else f"an array of dtype {dtype}"}. Use'
-        f' optax_asam.equinox.filter_value_and_grad or'
-        f' optax_asam.equinox.filter_grad, or pass what eqx.partition(model,'
-        f' eqx.is_inexact_array) gives and eqx.combine it in the loss function.'
+        f' {leaf if dtype is None else f"an array of dtype {dtype}"}. {write}'
       )

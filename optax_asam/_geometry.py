@@ -86,7 +86,7 @@ def perturb(
   """
 
   def leaf(e, w):
-    out = _checks.dtype_of(w) if dtype is None else dtype
+    out = _checks.dtype_of(w) if dtype is None else jnp.dtype(dtype)
     if _checks.is_masked(e):
       return jnp.asarray(w, out)
     wide = _trees.accumulator_dtype(w, out)

@@ -49,6 +49,22 @@ def pmean(tree: PyTree, axis_name: Any) -> PyTree:
   return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
 
+def varying_like(tree: PyTree, like: PyTree) -> PyTree:
+  """``tree``, which varies over the mesh axes over which ``like`` does, too.
+
+  Only in its types, which matter under :func:`jax.shard_map`.
+  """
+  if not hasattr(jax.lax, 'pcast'):  # pragma: no cover
+    return tree
+  axes = frozenset().union(*map(_checks.varying_axes, jax.tree.leaves(like)))
+
+  def leaf(x):
+    missing = tuple(sorted(axes - _checks.varying_axes(x)))
+    return jax.lax.pcast(x, missing, to='varying') if missing else x
+
+  return jax.tree.map(leaf, tree)
+
+
 def finite_ema(
   decay: jax.typing.ArrayLike, average: PyTree, grads: optax.Updates
 ) -> PyTree:

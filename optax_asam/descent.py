@@ -101,11 +101,20 @@ def wsam(gamma: chex.Numeric = 0.9) -> Descent:
   _checks.check_scale('gamma', gamma, '0.9', below_one=True)
 
   def descent(grads, perturbed_grads):
+    # Before it is rounded to float32, where 1 - gamma may be zero.
+    weight = gamma / (1 - gamma)
+
     def leaf(g, h):
       wide = _trees.widen(h)
-      gamma_ = jnp.asarray(gamma, wide.dtype)
-      weight = gamma_ / (1 - gamma_)
-      return (1 - weight) * jnp.asarray(g, wide.dtype) + weight * wide
+      change = wide - jnp.asarray(g, wide.dtype)
+      # From the nearer of g and h, so that the weights 0 and 1 and equal
+      # gradients are exact, and without the cancellation of large weights.
+      weight_ = jnp.asarray(weight, wide.dtype)
+      return jnp.where(
+        weight_ < 0.5,
+        jnp.asarray(g, wide.dtype) + weight_ * change,
+        wide + (weight_ - 1) * change,
+      )
 
     result = jax.tree.map(leaf, grads, perturbed_grads)
     return _trees.cast_like(result, perturbed_grads)

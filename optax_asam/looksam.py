@@ -177,7 +177,7 @@ def looksam(
     if every_k == 1:
       grads, value, direction = look()
     else:
-      is_due = jnp.asarray(state.step) % every_k == 0
+      is_due = jnp.asarray(state.step) % int(every_k) == 0
       grads, value, direction = jax.lax.cond(is_due, look, reuse)
     return grads, LookSAMState(
       step=optax.safe_increment(state.step),

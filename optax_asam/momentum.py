@@ -250,8 +250,11 @@ def eval_params(opt_state: Any, params: optax.Params) -> optax.Params:
     [3. 4.]
   """
   leaves, treedef = jax.tree.flatten_with_path(params)
+  if not leaves:
+    return params
   leaves = [(_momentum_buffer.names(path), w) for path, w in leaves]
   shapes = {path: jnp.shape(w) for path, w in leaves}
+  _checks.check_distinct([path for path, _ in leaves])
   found = [
     dict(field)
     for field in _momentum_buffer.fields(
@@ -296,6 +299,9 @@ def _rounded(tree: Any) -> Any:
     x, dtype = _trees.widen(x), _checks.dtype_of(x)
     if x.dtype == dtype:
       return x
+    if dtype not in (jnp.float16, jnp.bfloat16):
+      # Of float8, not all have infinity, which reduce_precision presumes.
+      return _barrier(x.astype(dtype))
     narrow = jnp.finfo(dtype)
     rounded = jax.lax.reduce_precision(x, narrow.nexp, narrow.nmant)
     if narrow.nexp < jnp.finfo(x.dtype).nexp:

@@ -113,9 +113,11 @@ def value_and_grad(
     Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021, algorithm 1.
 
   .. note::
-    In NNX's tree mode, everything that an argument holds is differentiated, as
-    by ``nnx.value_and_grad``, and perturbed: split off its ``nnx.Param``. With
-    ``ascent_fun``, what ``f`` changes in the rest is then discarded, too.
+    In place of the argument ``graph`` of ``nnx.value_and_grad``, call this
+    function under ``nnx.set_graph_mode``. In tree mode, everything that an
+    argument holds is differentiated, as by ``nnx.value_and_grad``, and
+    perturbed: split off its ``nnx.Param``. With ``ascent_fun``, what ``f``
+    changes in the rest is then discarded, too.
   """
   _checks.check_function('f', f, 'value_and_grad(loss_fn, rho=0.5)')
   _check_argnums(argnums)
@@ -130,6 +132,8 @@ def value_and_grad(
     perturbed_dtype=perturbed_dtype,
     has_ascent_fun=ascent_fun is not None,
   )
+  # Of these functions, whatever the mode is when they are called.
+  is_graph_mode = _is_graph_mode()
   value_and_grad_pass = nnx.value_and_grad(f, argnums=argnums, has_aux=has_aux)
   ascent_grad_pass = nnx.grad(
     _checks.checked_ascent_fun(f, ascent_fun, has_aux),
@@ -143,7 +147,7 @@ def value_and_grad(
       bound = inspect.signature(f).bind(*args, **kwargs)
       args, kwargs = bound.args, bound.kwargs
     # Before the first pass, which changes the modules in place.
-    params, restore, put = _snapshot(args, kwargs, argnums)
+    params, restore, put = _snapshot(args, kwargs, argnums, is_graph_mode)
     _checks.check_params(params)
 
     def value_and_grad_at(params):
@@ -269,6 +273,7 @@ def _snapshot(
   args: tuple[Any, ...],
   kwargs: dict[str, Any],
   argnums: Argnum | Sequence[Argnum],
+  is_graph_mode: bool,
 ) -> tuple[Any, Callable[[Any], tuple[Any, Any]], Callable[[Any], list[Any]]]:
   """The differentiated parameters, and two functions that replace them.
 
@@ -276,6 +281,7 @@ def _snapshot(
     args: The positional arguments.
     kwargs: The keyword arguments.
     argnums: Which arguments are differentiated.
+    is_graph_mode: Whether ``nnx.grad`` splits modules.
 
   Returns:
     The parameters, a pytree like the gradient; a function from parameters to
@@ -308,7 +314,7 @@ def _snapshot(
   }
   prefix = tuple(prefixes.get(i) for i in range(len(args)))
   arguments = (args, kwargs)
-  if _is_graph_mode():
+  if is_graph_mode:
     arguments = nnx.to_tree(arguments, prefix=(prefix, None), split_fn=split)
   # Arrays, since the variables among them change with their modules.
   leaves, treedef = jax.tree.flatten(arguments)
@@ -377,6 +383,6 @@ def _replace_in_place(node: Any, params: Any, argument: Any) -> Any:
     nnx.update(argument, params)
     return argument
   if isinstance(node, nnx.Variable):
-    argument.set_value(params.get_value())
+    argument.set_raw_value(params.get_raw_value())
     return argument
   return params

@@ -136,15 +136,19 @@ def sharpness_aware(
   _checks.check_second_gradient(descent, ascent_steps, perturbed_dtype)
   _checks.check_count('every_k', every_k)
   if when is not None:
+    _checks.check_static('when', when)
     _checks.check_function('when', when, 'when=lambda step: step >= 9_000')
   ascent = optax.with_extra_args_support(ascent)
 
   def init_fn(params):
     _checks.check_params(params)
     dtype = _trees.accumulator_dtype(*jax.tree.leaves(params))
+    value = jnp.zeros([], dtype)
+    if axis_name is None:  # With it, the value is averaged.
+      value = _trees.varying_like(value, params)
     return SharpnessAwareState(
       step=jnp.zeros([], jnp.int32),
-      perturbed_value=jnp.zeros([], dtype),
+      perturbed_value=value,
       ascent_state=ascent.init(params),
     )
 
@@ -197,7 +201,7 @@ def sharpness_aware(
     if every_k == 1 and when is None:
       (value, grads), ascent_state = perturbed_pass()
     else:
-      is_due = jnp.asarray(state.step) % every_k == 0
+      is_due = jnp.asarray(state.step) % int(every_k) == 0
       if when is not None:
         is_due &= _checks.check_due(when(state.step))
       # Outside the cond, so that a schedule of rho counts every update. The
@@ -307,4 +311,4 @@ def _keywords_of(
 
 def _divide(step: optax.Updates, n: int) -> optax.Updates:
   """``step / n`` in at least float32: n roundings to bfloat16 would add up."""
-  return jax.tree.map(lambda e: _trees.widen(e) / n, step)
+  return jax.tree.map(lambda e: _trees.widen(e) / int(n), step)

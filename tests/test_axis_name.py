@@ -189,6 +189,30 @@ def test_axis_name(x64, way, ord, every_k, descent, alpha, shared):
       assert error((result, state[0].perturbed_value), expected[i]) < 1e-12
 
 
+@needs_pcast
+@pytest.mark.parametrize('wrap', [asam, looksam])
+def test_parameters_per_device(wrap):
+  """Without ``axis_name``, each device trains its own, value and all."""
+  tx = wrap(BASE_TX, every_k=2)
+
+  def step(params, batch):
+    value_fn = lambda p: network.loss_fn(p, batch)
+    params = jax.lax.pcast(params, 'devices', to='varying')
+    state = tx.init(params)
+    grads = jax.grad(value_fn)(params)
+    _, (state, _) = tx.update(grads, state, params, value_fn=value_fn)
+    return state.perturbed_value[None]
+
+  mesh = Mesh(jax.devices(), ('devices',))
+  specs = {'in_specs': (WHOLE, SPLIT), 'out_specs': SPLIT}
+  values = jax.eval_shape(
+    shard_map(step, mesh=mesh, **specs),
+    network.make_params(np.float32),
+    network.make_batch(np.float32),
+  )
+  assert values.shape == (DEVICES,)
+
+
 def test_momentum_asam(x64):
   """It needs no ``axis_name``: gradients are averaged before it."""
   tx = momentum_asam(BASE_TX, rho_of(2))

@@ -14,6 +14,7 @@ from optax_asam import descent
 from optax_asam import sharpness_aware
 from tests.helpers import reference
 from tests.helpers.support import assert_same_bits
+from tests.helpers.support import error
 
 CURVATURE = np.array([0.5, 1.5, 2.0, 0.1])
 SHAPE = {'kernel': slice(0, 3), 'bias': slice(3, 4)}
@@ -106,6 +107,20 @@ def test_identities():
   assert_same_bits(descent.gsam(0.0)(g, h), h)
   assert_same_bits(descent.wsam(0.0)(g, h), g)
   assert_same_bits(descent.wsam(0.5)(g, h), h)
+  assert_same_bits(descent.wsam(0.9)(g, g), g)
+
+
+def test_wsam_near_one(x64):
+  """In float32, 1 - gamma is not rounded, and large weights do not cancel."""
+  random = np.random.default_rng(0)
+  g = random.standard_normal(100)
+  h = g + 1e-3 * random.standard_normal(100)
+  g, h = np.float32(g), np.float32(h)
+  for gamma in (0.9, 0.9999, 1 - 1e-8):
+    weight = gamma / (1 - gamma)
+    expected = (1 - weight) * np.float64(g) + weight * np.float64(h)
+    got = descent.wsam(gamma)(jnp.asarray(g), jnp.asarray(h))
+    assert error(np.float64(got), expected) < 1e-6
 
 
 @pytest.mark.parametrize('value', [0.0, np.nan, np.inf])

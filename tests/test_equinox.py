@@ -174,6 +174,10 @@ def test_loss_is_a_module(model):
   x = jnp.ones(3)
   expected = eqx.filter_grad(Loss(jnp.ones(2)))(model, x)
   assert error(eqx.filter_jit(wrapped)(model, x), expected) < 1e-6
+  wrapped = optax_asam.equinox.filter_grad(
+    Loss(jnp.ones(2)), rho=0.0, ascent_fun=Loss(jnp.ones(2))
+  )
+  assert error(eqx.filter_jit(wrapped)(model, x), expected) < 1e-6
 
 
 def test_mask_is_a_module(model):

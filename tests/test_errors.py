@@ -495,6 +495,7 @@ SHARPNESS = [
   *[(AVERAGE, *case) for case in each_count('samples')],
   (WITH_RHO, TypeError, 'rho', loss_fn, 'loss_fn & rho=0.5'),
   (ALL, TypeError, 'loss_fn', 3.5, '3.5 & lambda params'),
+  (ALL, TypeError, 'loss_fn', jnp.ones([]), 'function, but got an array'),
   (ALL, TypeError, 'loss_fn', lambda p: p['dense']['bias'], '(3,) & .mean()'),
   (ALL, TypeError, 'loss_fn', lambda p: (1.0, 1.0), 'tuple & loss(p)[0]'),
   (

@@ -514,6 +514,26 @@ def test_eval_params_of_layers():
   assert_same_bits(eval_params(saved, looped), clean)
 
 
+def test_eval_params_by_name():
+  """Not of two leaves that differ in the name of a wrapper; or of no leaf."""
+  params = {'value': jnp.ones(2), 'raw_value': jnp.zeros(2)}
+  with pytest.raises(ValueError, match='two leaves of one name'):
+    eval_params(momentum_asam(SGD).init(params), params)
+  assert eval_params(momentum_asam(SGD).init({}), {}) == {}
+
+
+def test_float8():
+  """Without gradients, every finite parameter stays as it is."""
+  params = jnp.arange(256, dtype=jnp.uint8).view(jnp.float8_e4m3fn)
+  params = params[jnp.isfinite(params.astype(jnp.float32))]
+  tx = momentum_asam(SGD, 0.5)
+  grads = jnp.zeros_like(params)
+  updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+  looped = optax.apply_updates(params, updates)
+  assert_same_bits(looped, params)
+  assert_same_bits(eval_params(state, looped), params)
+
+
 def test_under_vmap():
   """Several seeds are trained at once."""
   tx = momentum_asam(SGD, 0.5)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import optax_asam
+from optax_asam import sharpness
 import optax_asam.nnx
 from tests.helpers import reference
 from tests.helpers.cases import OPTIONS
@@ -371,6 +372,43 @@ def test_variable():
   not hasattr(nnx, 'set_graph_updates'), reason='Flax has no tree mode yet'
 )
 @pytest.mark.parametrize('mode', ['set_graph_mode', 'set_graph_updates'])
+@pytest.mark.parametrize('ascent_fun', [None, small_loss_fn])
+@pytest.mark.parametrize('called_in_graph_mode', [True, False])
+def test_raw_values_in_tree_mode(mode, called_in_graph_mode, ascent_fun):
+  """They stay as they are, and the mode is that in which it was made."""
+
+  class Bounded(nnx.Param):
+    """A parameter that is used as its hyperbolic tangent."""
+
+    def get_value(self, **kwargs):
+      """What the loss sees."""
+      return jnp.tanh(super().get_value(**kwargs))
+
+  class Model(nnx.Module):
+    """A product."""
+
+    def __init__(self):
+      self.w = Bounded(jnp.array([1.0, 2.0]))
+
+    def __call__(self, x):
+      """Maps x to x w."""
+      return x * self.w.get_value()
+
+  model, x = Model(), jnp.ones(2)
+  with getattr(nnx, mode)(False):
+    grad_fn = optax_asam.nnx.grad(small_loss_fn, rho=0.0, ascent_fun=ascent_fun)
+    expected = nnx.grad(small_loss_fn)(model, x)
+  with getattr(nnx, mode)(called_in_graph_mode):
+    grads = grad_fn(model, x)
+  raw = [each.w.get_raw_value() for each in (grads, expected)]
+  assert error(*raw) < 1e-6
+  assert_same_bits(model.w.get_raw_value(), jnp.array([1.0, 2.0]))
+
+
+@pytest.mark.skipif(
+  not hasattr(nnx, 'set_graph_updates'), reason='Flax has no tree mode yet'
+)
+@pytest.mark.parametrize('mode', ['set_graph_mode', 'set_graph_updates'])
 def test_tree_mode(model, mode):
   """The gradient is a module, as from nnx.grad."""
   half_loss_fn = lambda model, x: small_loss_fn(model, x[:1])
@@ -425,6 +463,8 @@ def test_module_of_other_variables_is_an_error(network, wrap):
   """In the plain functions, which would perturb its statistics."""
   with pytest.raises(TypeError, match=r'optax_asam\.nnx\.value_and_grad'):
     optax_asam.value_and_grad(lambda modules: 0.0)(wrap(network))
+  with pytest.raises(TypeError, match=r'nnx\.split\(model, nnx\.Param'):
+    sharpness.worst_case(lambda modules: 0.0, wrap(network), 0.1)
 
 
 @pytest.mark.skipif(

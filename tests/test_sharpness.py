@@ -8,6 +8,8 @@ import functools
 import jax
 from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 
@@ -25,6 +27,8 @@ from tests.helpers import pages
 from tests.helpers import sharpness_reference
 from tests.helpers.support import assert_same_bits
 from tests.helpers.support import error
+from tests.helpers.support import needs_pcast
+from tests.helpers.support import shard_map
 
 RULES = {'fixed': fixed_steps(), 'apgd': apgd_steps()}
 # Each with T in NumPy.
@@ -647,6 +651,42 @@ def test_unroll(measure, options, n):
   assert 'stablehlo.while' not in unrolled.as_text()
   values = [program.compile()(*args) for program in (rolled, unrolled)]
   assert abs(values[0] / values[1] - 1) < 1e-6
+
+
+@needs_pcast
+def test_shard_map():
+  """Each device measures its own loss at the parameters that all share."""
+  params, data, *_ = quadratic_problem(0, SPECTRA['indefinite'])
+  losses = jax.tree.map(lambda x: np.stack([x, 2 * x]), data)
+  mesh = Mesh(np.array(jax.devices()[:2]), ('devices',))
+  split = PartitionSpec('devices')
+  names = *FOUR, 'apgd, ball', 'uniform, box'
+
+  def measure(params, data):
+    data = jax.tree.map(lambda x: x[0], data)
+    return [
+      (
+        function(lambda p: quadratic(p, data), params, key, steps=3)
+        if function is max_hessian_eigenvalue
+        else function(
+          lambda p: quadratic(p, data), params, 0.5, key=key, **options
+        )
+      )[None]
+      for function, options in map(MEASURES.get, names)
+    ]
+
+  key = jax.random.key(0)
+  together = quick_jit(
+    shard_map(
+      measure, mesh=mesh, in_specs=(PartitionSpec(), split), out_specs=split
+    )
+  )(params, losses)
+  alone = quick_jit(measure)
+  for i in range(2):
+    one = jax.tree.map(lambda x, i=i: x[i : i + 1], losses)
+    expected = alone(params, one)
+    got = [value[i : i + 1] for value in together]
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
 def test_wrong_key_with_batches():

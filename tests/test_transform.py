@@ -173,6 +173,31 @@ def test_gradients_are_unrolled(params):
   assert not re.search(r'\b(while|scan)\[', jaxpr)
 
 
+def test_numpy_integers(params):
+  """They promote nothing, but must fit in an int32."""
+
+  def updates(n):
+    tx = asam(optax.sgd(0.1), ascent_steps=n, every_k=n)
+    state = tx.init(params)
+    return tx.update(params, state, params, grad_fn=lambda params: params)[0]
+
+  with jax.numpy_dtype_promotion('strict'):
+    assert_same_bits(updates(np.int64(2)), updates(2))
+  with pytest.raises(ValueError, match='fit in an int32'):
+    updates(2**31)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float64, np.float64, 'float64', float])
+def test_perturbed_in_float64(x64, dtype):
+  """However it is written, float32 would lose this perturbation."""
+  seen = []
+  grad_fn = lambda params: seen.append(params) or params
+  tx = asam(optax.sgd(0.1), 1e-9, perturbed_dtype=dtype)
+  w = jnp.ones(1, jnp.float32)
+  tx.update(w, tx.init(w), w, grad_fn=grad_fn)
+  assert seen[0] > 1
+
+
 @pytest.mark.parametrize('every_k', [1, 2])
 @pytest.mark.parametrize('perturbed_dtype', [None, jnp.float32])
 def test_dtypes_in_low_precision(every_k, perturbed_dtype):

@@ -85,23 +85,20 @@ class Encoder(nnx.Module):
 
 
 class FineTuned(fine_tuned.FineTuned):
-  """A classifier of texts, with pretrained weights.
+  """A classifier of texts in two classes, with pretrained weights.
 
   Args:
     folder: Of ``config.json`` and ``model.safetensors``; None for that of the
       package.
-    num_classes: The number of logits.
     lora_rank: The rank of updates of query and value; 0 for no such updates.
   """
 
-  def __init__(
-    self, folder: Path | None, num_classes: int = 2, lora_rank: int = 0
-  ):
+  def __init__(self, folder: Path | None, lora_rank: int = 0):
     read = lambda: minilm_weights.read(folder)
     super().__init__(
       lambda rngs: Encoder(read()[0], lora_rank, rngs),
       lambda: read()[1],
-      num_classes,
+      num_classes=2,
     )
 
 

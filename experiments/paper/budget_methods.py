@@ -16,9 +16,6 @@ from optax_asam import descent
 from optax_asam import normalization
 
 Tx = optax.GradientTransformation
-# The values of a candidate: rho and another parameter, each possibly traced.
-# A method may use neither.
-Values = tuple[chex.Numeric, chex.Numeric]
 
 
 class Run(NamedTuple):

@@ -188,10 +188,9 @@ class Training:
   def run(self) -> None:
     """Trains the remaining epochs, and evaluates on the validation set."""
     args, losses = self._args, self.results['train_loss']
-    restored = None
+    state, restored = self._init(), None
     if args.resume:
-      restored = self._checkpoints.restore(lambda _: self._init(), print)
-    state = self._init()
+      restored = self._checkpoints.restore(lambda _: state, print)
     if restored:
       state, saved = restored
       losses += saved['train_loss']

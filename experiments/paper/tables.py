@@ -14,6 +14,7 @@ from matplotlib import ticker
 from matplotlib.figure import Figure
 import numpy as np
 
+from experiments import run_folder
 from experiments.report import reporting
 from optax_asam import plotting
 
@@ -88,7 +89,7 @@ def load(folder: Path) -> Results:
 
 def read(name: str) -> Any:
   """The recorded results of a program."""
-  return json.loads((RESULTS / name / 'results.json').read_text())
+  return json.loads((RESULTS / name / run_folder.RESULTS).read_text())
 
 
 def load_study() -> list[dict[str, Any]]:

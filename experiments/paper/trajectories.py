@@ -54,6 +54,7 @@ import numpy as np
 import optax
 
 from experiments import cli
+from experiments import run_folder
 from experiments.report import records
 from experiments.report import reporting
 from optax_asam import asam
@@ -355,7 +356,7 @@ def main(argv: Sequence[str]) -> None:
     'balls': compute_balls(),
   }
   args.out.mkdir(parents=True, exist_ok=True)
-  records.write_json(args.out / 'results.json', results)
+  records.write_json(args.out / run_folder.RESULTS, results)
   for name, draw in (
     ('trajectories', draw_trajectories),
     ('balls', draw_balls),

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 import scipy.stats
 
+from experiments import run_folder
 from experiments.report import records
 from experiments.search import Search
 from optax_asam import plotting
@@ -264,7 +265,7 @@ def write(
   searches: Mapping[str, Search],
 ) -> None:
   """Writes results.json and curves.png, and prints the tables."""
-  records.write_json(out / 'results.json', results)
+  records.write_json(out / run_folder.RESULTS, results)
   records.write_figure(out / 'curves.png', draw(results))
   # Afterwards, since it fails if what reads it has ended.
   if searches:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 
 from optax_asam import _checks
-from optax_asam import _geometry
 from optax_asam import _trees
 from optax_asam import normalization as _normalization
 from optax_asam.sharpness import _ball
@@ -84,18 +83,18 @@ def average_case(
   _checks.check_key(key)
   _checks.check_ord_of_projection(ord)
   _checks.check_count('samples', samples)
+  samples = int(samples)
   if distribution not in ('normal', 'uniform'):
     raise ValueError(
       f"distribution must be 'normal' or 'uniform', but got {distribution!r}."
       f" For example: distribution='normal'."
     )
-  params = _ball.widen(params, perturbed_dtype)
-  coordinates = _geometry.coordinates(params, normalization, mask)
-  center = _ball.origin(params, coordinates)
-  rho = jnp.asarray(rho, center[0].dtype)
 
   def on_batch(loss_fn, key):
-    rise = _ball.rise(loss_fn, params, coordinates)
+    rise, center, _ = _ball.around(
+      loss_fn, params, normalization, mask, perturbed_dtype
+    )
+    radius = jnp.asarray(rho, center[0].dtype)
 
     def sample(total, i):
       sample_key = jax.random.fold_in(key, i)
@@ -103,10 +102,10 @@ def average_case(
         point = _ball.normal(sample_key, center)
       else:
         point = _ball.in_ball(sample_key, center, ord)
-      return total + rise([rho * x for x in point]), None
+      return total + rise([radius * x for x in point]), None
 
-    zero = jnp.zeros([], center[0].dtype)
+    zero = _trees.varying_like(jnp.zeros_like(radius), center)
     total, _ = jax.lax.scan(sample, zero, jnp.arange(samples))
-    return _ball.at_radius(rho, total / samples)
+    return _ball.at_radius(radius, total / samples)
 
   return _ball.mean_over_batches(on_batch, loss_fn, key, batches)

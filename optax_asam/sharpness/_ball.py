@@ -6,6 +6,7 @@ Points are lists of arrays, in the coordinates of ``_geometry``.
 from collections.abc import Callable
 import math
 from typing import Any
+from typing import NamedTuple
 
 import chex
 import jax
@@ -24,14 +25,42 @@ LossFn = Callable[..., Any]
 ELEMENTWISE = _normalization.elementwise()
 
 
-def rise(
-  loss_fn: LossFn, params: optax.Params, coordinates: _geometry.Coordinates
-) -> Callable[[Arrays], jax.Array]:
-  """L(w + T u) - L(w) as a function of u."""
+class Ball(NamedTuple):
+  """A loss in the coordinates u = eps / T_w.
+
+  Attributes:
+    rise: L(w + T u) - L(w) as a function of u.
+    center: The origin.
+    push: From u to eps = T u.
+  """
+
+  rise: Callable[[Arrays], jax.Array]
+  center: Arrays
+  push: Callable[[Arrays], optax.Updates]
+
+
+def around(
+  loss_fn: LossFn,
+  params: optax.Params,
+  normalization: _normalization.Normalization,
+  mask: _trees.Mask | None,
+  perturbed_dtype: Any,
+) -> Ball:
+  """The ball around the parameters, whose radius is left open."""
+  params = widen(params, perturbed_dtype)
   dtype = _trees.accumulator_dtype(*jax.tree.leaves(params))
   loss = checked_loss(loss_fn, dtype)
   base = loss(params)
-  return lambda u: loss(_geometry.perturb(params, coordinates.push(u))) - base
+  # Under `jax.shard_map`, the gradient with respect to a replicated parameter
+  # would be summed over the devices.
+  params = _trees.varying_like(params, (params, base))
+  coordinates = _geometry.coordinates(params, normalization, mask)
+  center = [jnp.zeros_like(x) for x in coordinates.pull(params)]
+  return Ball(
+    lambda u: loss(_geometry.perturb(params, coordinates.push(u))) - base,
+    _trees.varying_like(center, params),
+    coordinates.push,
+  )
 
 
 def checked_loss(
@@ -58,17 +87,6 @@ def widen(params: optax.Params, dtype: Any) -> optax.Params:
     return jnp.asarray(w, own if is_wider else dtype)
 
   return jax.tree.map(leaf, params)
-
-
-def origin(params: optax.Params, coordinates: _geometry.Coordinates) -> Arrays:
-  """The origin of the coordinates."""
-  zeros = [jnp.zeros_like(x) for x in coordinates.pull(params)]
-  if not sum(x.size for x in zeros):
-    raise ValueError(
-      f'params must contain a number to perturb, but there is none in'
-      f' {_checks.describe(params)}. Pass the parameters of the model.'
-    )
-  return zeros
 
 
 def at_radius(rho: jax.Array, rise: jax.Array) -> jax.Array:
@@ -128,7 +146,13 @@ def check_arguments(
 ) -> None:
   """Raises unless the arguments that all measures share are valid."""
   _checks.check_function('loss_fn', loss_fn, 'lambda params: loss(params)')
+  _checks.check_not_module(params, measured=True)
   _checks.check_params(params)
+  if not sum(jnp.size(leaf) for leaf in jax.tree.leaves(params)):
+    raise ValueError(
+      f'params must contain a number to perturb, but there is none in'
+      f' {_checks.describe(params)}. Pass the parameters of the model.'
+    )
   _checks.check_no_schedule(rho)
   _checks.check_scale('rho', rho, '0.5')
   _normalization.check('normalization', normalization)

@@ -80,12 +80,12 @@ def max_hessian_eigenvalue(
   )
   _checks.check_key(key)
   _checks.check_count('steps', steps)
-  params = _ball.widen(params, perturbed_dtype)
-  coordinates = _geometry.coordinates(params, normalization, mask)
-  center = _ball.origin(params, coordinates)
 
   def on_batch(loss_fn, key):
-    grad_fn = jax.grad(_ball.rise(loss_fn, params, coordinates))
+    rise, center, _ = _ball.around(
+      loss_fn, params, normalization, mask, perturbed_dtype
+    )
+    grad_fn = jax.grad(rise)
     return _max_eigenvalue(
       lambda v: jax.jvp(grad_fn, (center,), (v,))[1],
       _ball.normal(key, center),
@@ -130,6 +130,7 @@ def _max_eigenvalue(
   current, _ = _normalize(start)
   zeros = [jnp.zeros_like(x) for x in start]
   carry = zeros, current, jnp.zeros([], start[0].dtype)
+  carry = _trees.varying_like(carry, start)
   # It ends after as many steps as dimensions, were it not for rounding errors.
   steps = min(steps, max(1, 2 * sum(x.size for x in start)))
   unroll = _ball.unrolled(unroll, steps)

@@ -65,6 +65,7 @@ def loss_along(
     <https://arxiv.org/abs/1712.09913>`_, 2018.
   """
   _checks.check_function('loss_fn', loss_fn, 'lambda params: loss(params)')
+  _checks.check_not_module(params, measured=True)
   _checks.check_params(params)
   _checks.check_axes(axes, params)
   _checks.check_perturbed_dtype(perturbed_dtype)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_asam import _geometry
+from optax_asam import _trees
 from optax_asam._geometry import Arrays
 from optax_asam.sharpness import _ball
 from optax_asam.sharpness._step_rules import StepRule
@@ -87,6 +88,7 @@ def maximize(
     best=-jnp.array(jnp.finfo(dtype).max, dtype),
     rule_state=rule.init(steps, dtype),
   )
+  carry = _trees.varying_like(carry, start)
   unroll = _ball.unrolled(unroll, steps)
   carry, _ = jax.lax.scan(step, carry, jnp.arange(steps), unroll=unroll)
   return better((carry.best, carry.best_point), (fun(carry.point), carry.point))

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 
 from optax_asam import _checks
-from optax_asam import _geometry
 from optax_asam import _trees
 from optax_asam import normalization as _normalization
 from optax_asam.sharpness import _ball
@@ -196,11 +195,10 @@ def worst_perturbation(
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(
       jnp.arange(1, restarts)
     )
-  params = _ball.widen(params, perturbed_dtype)
-  coordinates = _geometry.coordinates(params, normalization, mask)
-  center = _ball.origin(params, coordinates)
+  rise, center, push = _ball.around(
+    loss_fn, params, normalization, mask, perturbed_dtype
+  )
   rho = jnp.asarray(rho, center[0].dtype)
-  rise = _ball.rise(loss_fn, params, coordinates)
 
   def run(start):
     return _projected_ascent.maximize(
@@ -217,6 +215,6 @@ def worst_perturbation(
       restart, best, keys, unroll=_ball.unrolled(unroll is True, restarts - 1)
     )
   value, u = best
-  eps = _trees.fill_masked(coordinates.push(u), params)
+  eps = _trees.fill_masked(push(u), _ball.widen(params, perturbed_dtype))
   # At w the rise is zero, which rounding in a fused program may miss.
   return _ball.at_radius(rho, jnp.maximum(value, 0)), eps
