@@ -59,8 +59,10 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def _cell(summary: Mapping[str, Any], sign: str = '') -> str:
-  low, high = summary['bootstrap_95']
   mean = reporting.format_mean(summary['per_seed'], factor=1, sign=sign)
+  if 'bootstrap_95' not in summary:  # Of runs of their own.
+    return mean
+  low, high = summary['bootstrap_95']
   return f'{mean} [{low:{sign}.2f}, {high:{sign}.2f}]'
 
 
