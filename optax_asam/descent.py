@@ -101,8 +101,9 @@ def wsam(gamma: chex.Numeric = 0.9) -> Descent:
   _checks.check_scale('gamma', gamma, '0.9', below_one=True)
 
   def descent(grads, perturbed_grads):
-    # Before it is rounded to float32, where 1 - gamma may be zero.
-    weight = gamma / (1 - gamma)
+    # A Python number before it is rounded to float32, where it may become one.
+    exact = gamma if isinstance(gamma, (int, float)) else _trees.widen(gamma)
+    weight = exact / (1 - exact)
 
     def leaf(g, h):
       wide = _trees.widen(h)
