@@ -13,6 +13,7 @@ import pytest
 
 import optax_asam
 from optax_asam import _checks
+from optax_asam import sharpness
 import optax_asam.equinox
 from tests.helpers import reference
 from tests.helpers.cases import OPTIONS
@@ -214,5 +215,7 @@ def test_module_with_other_leaves_is_an_error(model, wrap):
   for other in (model, eqx.nn.Dropout(), eqx.filter(model, callable)):
     with pytest.raises(TypeError, match=message):
       _checks.check_not_module(wrap(other))
+    with pytest.raises(TypeError, match=r'Pass what eqx\.partition'):
+      sharpness.worst_case(lambda module: 0.0, wrap(other), 0.1)
   with pytest.raises(TypeError, match='an array of dtype int32'):
     _checks.check_not_module(wrap(jax.tree.map(jnp.int32, model[0])))
