@@ -125,19 +125,26 @@ def read(out: Path) -> dict[str, Any]:
   return _read(out / RESULTS)
 
 
-def find_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def find_change(
+  before: Mapping[str, Any], now: Mapping[str, Any], *, nested: bool = False
+) -> str:
   """The first setting that differs, with both values; empty if none does.
 
-  Settings that only one of the two has are not compared, since programs gain
-  and lose some. But those that have none in common differ.
+  Args:
+    before: The settings of what is there; empty if nothing is.
+    now: The settings of the program. Only these are compared.
+    nested: Whether these are within a setting, such as tasks. Of such, only
+      those that both have are compared, unless they have none in common.
   """
-  common = [name for name in now if name in before]
-  if before and now and not common:
+  if not before:
+    return ''
+  names = [name for name in now if name in before] if nested else list(now)
+  if nested and now and not names:
     return f'{", ".join(before)}, but got {", ".join(now)}'
-  for name in common:
-    old, new = before[name], now[name]
+  for name in names:
+    old, new = before.get(name), now[name]
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-      if change := find_change(old, new):
+      if change := find_change(old, new, nested=True):
         return f'{name}: {change}'
     elif old != new:
       return f'{name} = {json.dumps(old)}, but got {json.dumps(new)}'

@@ -210,6 +210,18 @@ def test_stale_checkpoints(tmp_path):
     assert names(tmp_path) == ['checkpoints.json']
 
 
+def test_find_change():
+  """A new option is a change; a new task or method is not."""
+  find = run_folder.find_change
+  assert not find({}, {'lr': 1})
+  assert not find({'lr': 1, 'old': 2}, {'lr': 1})
+  assert find({'old': 2}, {'lr': 1}) == 'lr = null, but got 1'
+  tasks = lambda **tasks: {'tasks': tasks}
+  assert not find(tasks(a=1, b=2), tasks(b=2, c=3))
+  assert find(tasks(a=1), tasks(a=2)) == 'tasks: a = 1, but got 2'
+  assert find(tasks(a=1), tasks(b=1)) == 'tasks: a, but got b'
+
+
 def test_two_processes(tmp_path, capsys):
   """The second is told which process has the folder."""
   with run_folder.claim(tmp_path, {}, resume=False):
