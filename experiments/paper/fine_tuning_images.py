@@ -17,7 +17,7 @@ from experiments.paper import fine_tuning_floors
 from experiments.paper import fine_tuning_tasks
 
 BATCH_SIZE = 32
-NUM_STEPS = 96
+NUM_STEPS = 240
 METHODS = {'probe': fine_tuning_floors.PROBE, **fine_tuning_tasks.METHODS}
 
 

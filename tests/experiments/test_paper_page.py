@@ -112,7 +112,7 @@ def facts():
   }
   for name, other in (
     *(('asam_tuned', 'base_tuned'), ('sam_tuned', 'base_tuned')),
-    ('normalization', 'asam'),
+    *(('normalization', 'asam'), ('friendly', 'sam')),
   ):
     more = reporting.t_interval(per_seed[name] - per_seed[other])
     yield from (f'{x:.2f}' for x in more)
