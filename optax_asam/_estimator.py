@@ -4,8 +4,11 @@ from collections.abc import Callable
 import functools
 import inspect
 from typing import Any
+from typing import Concatenate
 from typing import ParamSpec
+from typing import Protocol
 from typing import TypeVar
+from typing import overload
 
 import chex
 import optax
@@ -18,7 +21,7 @@ from optax_asam import normalization as _normalization
 from optax_asam import transform
 
 P = ParamSpec('P')
-R = TypeVar('R')
+R = TypeVar('R', covariant=True)
 
 GradFn = Callable[[optax.Params], optax.Updates]
 ValueAndGradFn = Callable[[optax.Params], tuple[Any, optax.Updates]]
@@ -86,12 +89,28 @@ def estimator(
   return take
 
 
-def usable_as_decorator(factory: Callable[P, R]) -> Callable[P, R]:
+class Decorator(Protocol[P, R]):
+  """A function of a function and options, or of options alone."""
+
+  @overload
+  def __call__(
+    self, fun: Callable[..., Any], /, *args: P.args, **kwargs: P.kwargs
+  ) -> R: ...
+
+  @overload
+  def __call__(
+    self, *args: P.args, **kwargs: P.kwargs
+  ) -> Callable[[Callable[..., Any]], R]: ...
+
+
+def usable_as_decorator(
+  factory: Callable[Concatenate[Callable[..., Any], P], R],
+) -> Decorator[P, R]:
   """Lets ``factory`` take options alone: ``@factory(rho=0.5)``."""
   (first, *_) = inspect.signature(factory).parameters
 
   @functools.wraps(factory)
-  def checked(*args: P.args, **kwargs: P.kwargs) -> Any:
+  def checked(*args: Any, **kwargs: Any) -> Any:
     if args or first in kwargs:
       return factory(*args, **kwargs)
     return functools.partial(factory, **kwargs)

@@ -1,5 +1,6 @@
 """The momentum that an optimizer keeps in its state."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -55,14 +56,16 @@ def check_found(
   base_tx: optax.GradientTransformationExtraArgs,
   state: optax.OptState,
   params: optax.Params,
+  mask: _trees.Mask | None,
 ) -> None:
   """Raises unless ``state`` holds one momentum, and it is one of gradients.
 
   The states of SGD and of ``rmsprop`` with momentum look the same, but the
-  latter averages negative, preconditioned updates. So the optimizer takes two
-  updates of a small tree with the structure of ``params``, with a gradient and
-  with zeros: what the gradient adds to the momentum must be a positive multiple
-  of it.
+  latter averages negative, preconditioned updates. So the optimizer updates a
+  small tree with the structure of ``params``, with a gradient and with zeros:
+  what the gradient adds to the momentum must be a positive multiple of it, at
+  first and after another gradient that any preconditioner remembers, and at
+  parameters of several lengths. What ``mask`` leaves out does not count.
   """
   buffers = find(state, params)
   if len(buffers) != 1:
@@ -72,36 +75,59 @@ def check_found(
   def small(w):
     return np.zeros([min(size, 2) for size in jnp.shape(w)])
 
+  lengths, sizes = itertools.cycle([1, 2, 3]), itertools.cycle([1, -1 / 8])
+
+  def weights(zeros):
+    return zeros + 2.0**-10 * next(lengths)
+
   def grad(zeros, m):
     # So small that no clipping acts, but exact, also in float16.
     size = max(2.0**-20, 16 * float(jnp.finfo(_checks.dtype_of(m)).tiny))
     return size * random.choice([-3, -2, -1, 1, 2, 3], zeros.shape)
 
+  def earlier_grad(zeros, m):
+    # In 16 bits, too large for the other one to be added to it.
+    size = 0.125 if jnp.finfo(_checks.dtype_of(m)).bits >= 32 else 0.0
+    return size * np.reshape([next(sizes) for _ in zeros.flat], zeros.shape)
+
   zeros = jax.tree.map(small, params)
+  at = jax.tree.map(weights, zeros)
+  earlier = jax.tree.map(earlier_grad, zeros, *buffers)
   grads = jax.tree.map(grad, zeros, *buffers)
   with jax.ensure_compile_time_eval():  # Under jit, too.
     dtypes = jax.tree.map(_trees.accumulator_dtype, params)
-    zeros = jax.tree.map(jnp.asarray, zeros, dtypes)
-    grads = jax.tree.map(jnp.asarray, grads, dtypes)
+    zeros, at, earlier, grads = (
+      jax.tree.map(jnp.asarray, tree, dtypes)
+      for tree in (zeros, at, earlier, grads)
+    )
 
-    def momentum(grads):
-      _, state = base_tx.update(
-        grads, base_tx.init(zeros), zeros, value=jnp.zeros([])
+    def update(grads, state):
+      return base_tx.update(grads, state, at, value=jnp.zeros([]))[1]
+
+    selected = jax.tree.leaves(_trees.resolve_mask(mask, params))
+
+    def ratios_from(state):
+      """Of what the gradient adds to it."""
+      found, without = (
+        jax.tree.map(_trees.widen, *find(update(tree, state), at))
+        for tree in (grads, zeros)
       )
-      (found,) = find(state, zeros)
-      return jax.tree.leaves(jax.tree.map(_trees.widen, found))
+      ratios = jax.tree.map(
+        lambda m, m_0, g: jnp.ravel((m - m_0) / g), found, without, grads
+      )
+      return itertools.compress(jax.tree.leaves(ratios), selected)
 
     try:
-      found, without = momentum(grads), momentum(zeros)
+      first = base_tx.init(at)
+      ratios = [
+        *ratios_from(first),  # Yogi begins with a momentum that is not zero.
+        *ratios_from(update(earlier, first)),
+      ]
     except Exception as error:
       raise _checks.no_momentum(
         f'an update of small arrays failed ({type(error).__name__}:'
         f' {str(error).partition(chr(10))[0]})'
       ) from error
-    ratios = [  # Yogi begins with a momentum that is not zero.
-      jnp.ravel((m - m_0) / g)
-      for m, m_0, g in zip(found, without, jax.tree.leaves(grads), strict=True)
-    ]
   if any(isinstance(ratio, core.Tracer) for ratio in ratios):
     return  # With a traced decay, only the structure is known.
   ratios = np.concatenate([np.empty(0), *ratios])

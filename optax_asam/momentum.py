@@ -133,7 +133,7 @@ def momentum_asam(
     _checks.check_params(params)
     base_state = base_tx.init(params)
     if momentum is None:
-      _momentum_buffer.check_found(base_tx, base_state, params)
+      _momentum_buffer.check_found(base_tx, base_state, params, mask)
     return MomentumASAMState(
       perturbation=_zeros(params, mask),
       momentum=None if momentum is None else _zeros(params, mask),

@@ -117,7 +117,8 @@ def normalization_layers(params: optax.Params) -> Any:
   layer in one of these ways:
 
   * By name. The name is that of the layer's class, if the tree contains modules
-    (Equinox), or else the last name before that of the leaf (Flax, Haiku), if
+    (Equinox), or else, unless the class is one of Equinox's own, the last name
+    before that of the leaf (Flax, Haiku), if
     all parameters of the layer have names from the list above. One of its words
     must end with ``norm``, ``norms`` or ``normalization``, or be ``bn``, ``gn``
     or ``ln``. For example: ``BatchNorm_0``, ``RMSNorm``,
@@ -162,8 +163,11 @@ def normalization_layers(params: optax.Params) -> Any:
     *layer, parameter = _names(path) or ['']
     if parameter not in _NORM_PARAMETERS:
       return False
-    if _is_norm(type(_parent(params, path)).__name__):
+    layer_class = type(_parent(params, path))
+    if _is_norm(layer_class.__name__):
       return True
+    if layer_class.__module__.startswith('equinox.'):
+      return False
     siblings = parameters[tuple(layer)]
     if not layer or not siblings <= _NORM_PARAMETERS:
       return False

@@ -73,7 +73,7 @@ class Equinox(eqx.Module):
   attention: eqx.nn.MultiheadAttention
   lstm: eqx.nn.LSTMCell
   gru: eqx.nn.GRUCell
-  dense: list[eqx.nn.Linear]
+  norm_proj: list[eqx.nn.Linear]  # the class tells that it is no norm
   stack: eqx.nn.Sequential
   other: list[eqx.Module]
 
@@ -99,7 +99,10 @@ class Equinox(eqx.Module):
       eqx.nn.RMSNorm(4),
       eqx.nn.WeightNorm(eqx.nn.Linear(4, 4, key=key)),
     ]
-    self.dense = [eqx.nn.Linear(4, 4, key=key), eqx.nn.Linear(4, 3, key=key)]
+    self.norm_proj = [
+      eqx.nn.Linear(4, 4, key=key),
+      eqx.nn.Linear(4, 3, key=key),
+    ]
 
 
 class Block(hk.Module):
@@ -191,7 +194,7 @@ NNX_BIASES = """
   stack/layers/0/bias stack/layers/1/bias
 """
 EQUINOX_BIASES = """
-  conv/bias batch_norm/bias layer_norm/bias dense/0/bias dense/1/bias
+  conv/bias batch_norm/bias layer_norm/bias norm_proj/0/bias norm_proj/1/bias
   attention/query_proj/bias attention/key_proj/bias attention/value_proj/bias
   attention/output_proj/bias lstm/bias gru/bias gru/bias_n
   stack/layers/0/bias stack/layers/1/bias other/0/bias other/1/layer/bias

@@ -208,6 +208,14 @@ NOT_FOUND = {
   'schedule_free': optax.contrib.schedule_free_adamw(0.1),
   'sm3': optax.sm3(0.1),
   'novograd': optax.novograd(0.1),
+  **{
+    f'trace after {before.__name__}': optax.chain(
+      before(), optax.trace(0.9), optax.scale(-0.1)
+    )
+    for before in (
+      *(optax.scale_by_rms, optax.scale_by_rss, optax.scale_by_trust_ratio),
+    )
+  },
   'maximize': optax.chain(optax.scale(-1.0), SGD),
   'MultiSteps': optax.MultiSteps(SGD, 2).gradient_transformation(),
   'needs arguments': optax.chain(
@@ -290,6 +298,16 @@ def test_clipping_inside(before):
   for dtype in ('float32', 'bfloat16'):
     params = jax.tree.map(lambda w: w.astype(dtype), make_params())  # noqa: B023
     momentum_asam(optax.chain(before, SGD)).init(params)
+
+
+def test_frozen_inside():
+  """The momentum of parameters that are masked out does not count."""
+  frozen, trained = ({'kernel': x, 'bias': not x} for x in (True, False))
+  base_tx = optax.chain(optax.masked(optax.set_to_zero(), frozen), ADAM)
+  state = momentum_asam(base_tx, mask=trained).init(make_params())
+  assert jax.tree.structure(state.perturbation) == jax.tree.structure(
+    {'kernel': optax.MaskedNode(), 'bias': 0}
+  )
 
 
 def test_momentum_of_arrays():

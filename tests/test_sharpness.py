@@ -587,6 +587,17 @@ def test_mask(measure):
   assert abs(masked / everything - 1) > 1e-3
 
 
+def test_mask_of_nothing():
+  """The rise is zero if what is selected has no elements."""
+  params = {'a': jnp.ones(2), 'b': jnp.zeros((0, 2))}
+  rise = average_case(
+    *(lambda p: jnp.sum(p['a'] ** 2), params, 0.1, jax.random.key(0)),
+    distribution='uniform',
+    mask={'a': False, 'b': True},
+  )
+  assert rise == 0
+
+
 @pytest.mark.parametrize(
   ('measure', 'options'),
   [

@@ -190,7 +190,7 @@ def in_ball(key: jax.Array, zeros: Arrays, p: float) -> Arrays:
       for i, x in enumerate(zeros)
     ]
   direction = normal(key, zeros)
-  size = sum(x.size for x in zeros)
+  size = max(1, sum(x.size for x in zeros))
   norm, _ = _geometry.guarded_norm(direction)
   key = jax.random.fold_in(key, len(zeros))
   radius = jax.random.uniform(key, dtype=norm.dtype) ** (1 / size)
