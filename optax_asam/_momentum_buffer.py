@@ -56,7 +56,7 @@ def check_found(
   base_tx: optax.GradientTransformationExtraArgs,
   state: optax.OptState,
   params: optax.Params,
-  mask: _trees.Mask | None,
+  perturbation: optax.Updates,
 ) -> None:
   """Raises unless ``state`` holds one momentum, and it is one of gradients.
 
@@ -65,8 +65,11 @@ def check_found(
   small tree with the structure of ``params``, with a gradient and with zeros:
   what the gradient adds to the momentum must be a positive multiple of it, at
   first and after another gradient that any preconditioner remembers, and at
-  parameters of several lengths. What ``mask`` leaves out does not count.
+  parameters of several lengths. What is masked out of ``perturbation`` does not
+  count.
   """
+  if not jax.tree.leaves(params):  # What base_tx masks may not fit it.
+    return
   buffers = find(state, params)
   if len(buffers) != 1:
     raise _checks.no_momentum(f'it keeps {len(buffers)}')
@@ -104,7 +107,10 @@ def check_found(
     def update(grads, state):
       return base_tx.update(grads, state, at, value=jnp.zeros([]))[1]
 
-    selected = jax.tree.leaves(_trees.resolve_mask(mask, params))
+    selected = [
+      not _checks.is_masked(leaf)
+      for leaf in jax.tree.leaves(perturbation, is_leaf=_checks.is_masked)
+    ]
 
     def ratios_from(state):
       """Of what the gradient adds to it."""

@@ -132,10 +132,11 @@ def momentum_asam(
   def init_fn(params):
     _checks.check_params(params)
     base_state = base_tx.init(params)
+    perturbation = _zeros(params, mask)
     if momentum is None:
-      _momentum_buffer.check_found(base_tx, base_state, params, mask)
+      _momentum_buffer.check_found(base_tx, base_state, params, perturbation)
     return MomentumASAMState(
-      perturbation=_zeros(params, mask),
+      perturbation=perturbation,
       momentum=None if momentum is None else _zeros(params, mask),
       rho_state=scale.init(params),
       base_state=base_state,

@@ -118,13 +118,13 @@ def normalization_layers(params: optax.Params) -> Any:
 
   * By name. The name is that of the layer's class, if the tree contains modules
     (Equinox), or else, unless the class is one of Equinox's own, the last name
-    before that of the leaf (Flax, Haiku), if
-    all parameters of the layer have names from the list above. One of its words
-    must end with ``norm``, ``norms`` or ``normalization``, or be ``bn``, ``gn``
-    or ``ln``. For example: ``BatchNorm_0``, ``RMSNorm``,
-    ``resnet/~/batch_norm``, ``input_layernorm``, ``norm1``, ``bn1`` and
-    ``ln_f``. Names with ``weight`` or ``spectral`` are excluded, since weight
-    and spectral normalization do not normalize activations.
+    before that of the leaf (Flax, Haiku), if all parameters of the layer have
+    names from the list above. One of its words must end with ``norm``,
+    ``norms`` or ``normalization``, or be ``bn``, ``gn`` or ``ln``. For example:
+    ``BatchNorm_0``, ``RMSNorm``, ``resnet/~/batch_norm``, ``input_layernorm``,
+    ``norm1``, ``bn1`` and ``ln_f``. Names with ``weight`` or ``spectral`` are
+    excluded, since weight and spectral normalization do not normalize
+    activations.
   * By its parameters, if the layer has only a position (``layers_1``, or an
     index as in ``nnx.Sequential``): it must have ``scale``, and may have
     ``bias`` and ``offset``, but no other parameters.

@@ -195,6 +195,11 @@ FOUND = {
   'reduce_on_plateau': optax.chain(SGD, optax.contrib.reduce_on_plateau()),
 }
 LABELS = {'kernel': 'a', 'bias': 'b'}
+PRECONDITIONERS = (
+  optax.scale_by_rms,
+  optax.scale_by_rss,
+  optax.scale_by_trust_ratio,
+)
 NOT_FOUND = {
   'no momentum': optax.sgd(0.1),
   'muon': optax.contrib.muon(0.01),
@@ -212,9 +217,7 @@ NOT_FOUND = {
     f'trace after {before.__name__}': optax.chain(
       before(), optax.trace(0.9), optax.scale(-0.1)
     )
-    for before in (
-      *(optax.scale_by_rms, optax.scale_by_rss, optax.scale_by_trust_ratio),
-    )
+    for before in PRECONDITIONERS
   },
   'maximize': optax.chain(optax.scale(-1.0), SGD),
   'MultiSteps': optax.MultiSteps(SGD, 2).gradient_transformation(),
@@ -304,7 +307,9 @@ def test_frozen_inside():
   """The momentum of parameters that are masked out does not count."""
   frozen, trained = ({'kernel': x, 'bias': not x} for x in (True, False))
   base_tx = optax.chain(optax.masked(optax.set_to_zero(), frozen), ADAM)
-  state = momentum_asam(base_tx, mask=trained).init(make_params())
+  tx = momentum_asam(base_tx, mask=trained)
+  state = tx.init(make_params())
+  assert_same_bits(optax.tree.map_params(tx, lambda x: x, state), state)
   assert jax.tree.structure(state.perturbation) == jax.tree.structure(
     {'kernel': optax.MaskedNode(), 'bias': 0}
   )
