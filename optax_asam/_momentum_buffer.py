@@ -42,7 +42,7 @@ def fields(state: optax.OptState, wanted: tuple[str, ...]) -> list[_Field]:
 def find(state: optax.OptState, params: optax.Params) -> list[optax.Params]:
   """What ``state`` holds in fields ``trace`` or ``mu``, like ``params``."""
   leaves, treedef = jax.tree.flatten_with_path(params)
-  if not leaves:  # A placeholder of optax.tree.map_params, for example.
+  if not leaves:  # Any field would do.
     return [params]
   shapes = [(names(path), jnp.shape(leaf)) for path, leaf in leaves]
   return [
